@@ -1,0 +1,73 @@
+"""The canonical graph becomes model.onnx for ONNX Runtime.
+
+`onnx` keeps the dialect: function bodies run anywhere. `ort-cpu` uses ONNX Runtime's own operators where a probe has
+shown on this runtime that they compute what the dialect says, and keeps the bodies elsewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoss_export.engines.build_info import BuildInfo
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.errors import GraphError
+from gptoss_export.exporter.graph.bind import bind
+from gptoss_export.exporter.graph.simplify import weightless_proto
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MODEL_FILE = "model.onnx"
+BATCHED_CHUNKS_KEY = "gptoss_export.batched_chunks"
+"""Metadata of a model: whether several rows may be continued by more than one position in one call."""
+
+
+def build_onnx(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
+    """Writes the portable model. `graph` is not changed."""
+    model = graph.clone()
+    _write(model, checkpoint, folder, weights_dir)
+    return BuildInfo(engine="any ONNX runtime", provider="CPUExecutionProvider", notes=())
+
+
+def build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
+    """Writes the model for ONNX Runtime on CPU. `graph` is not changed."""
+    import onnxruntime as ort
+
+    from gptoss_export.engines.ort.lower import lower_attention
+    from gptoss_export.engines.ort.probe import probe_attention
+
+    model = graph.clone()
+    probe = probe_attention(checkpoint.config)
+    if probe.passed:
+        model = lower_attention(model)
+        model.metadata_props[BATCHED_CHUNKS_KEY] = str(probe.batched_chunks).lower()
+        note = f"attention: GroupQueryAttention, within {probe.max_error:.1e} of its definition in {probe.cases} cases"
+    else:
+        note = f"attention: function body, because GroupQueryAttention is not its definition here ({probe.failure})"
+    _write(model, checkpoint, folder, weights_dir)
+    return BuildInfo(
+        engine=f"onnxruntime {ort.__version__}",
+        provider="CPUExecutionProvider",
+        notes=(note, "experts: function body, one expert in float32 at a time"),
+    )
+
+
+def _write(model: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> None:
+    """Checks the graph, points it at its weights, writes it and checks the file. Raises GraphError."""
+    import onnx
+    import onnx_ir as ir
+
+    path = folder / MODEL_FILE
+    try:
+        onnx.checker.check_model(weightless_proto(model), full_check=True)
+        bind(model, checkpoint.tensors, weights_dir)
+        ir.save(model, path)
+        # The checker refuses external data with several hard links, and so does every tool that loads through it.
+        if all((path.parent / weights_dir / f.name).stat().st_nlink == 1 for f in checkpoint.weight_files):
+            onnx.checker.check_model(path, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise GraphError(
+            f"the graph is not valid ONNX: {str(error).splitlines()[0]}",
+            "Report this with config.json and the versions that --version prints.",
+        ) from error
