@@ -36,7 +36,7 @@ def bind(model: ir.Model, tensors: Mapping[str, TensorRef], weights_dir: str) ->
         assert value.shape is not None
         if value.dtype != types[tensor.dtype] or tuple(value.shape) != tensor.shape:
             raise GraphError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} in the file and {value.dtype} {value.shape} in the graph",
+                f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, {value.dtype} {value.shape} in the graph",
                 "Report this with config.json; the graph was not traced for this checkpoint.",
             )
         value.const_value = ir.ExternalTensor(

@@ -41,7 +41,7 @@ def sum_of_experts(x: Tensor, weights: Tensor, experts: Tensor, expert: Callable
     y = torch.zeros_like(tokens)
     for e in torch.unique(chosen).tolist():
         rows, places = torch.where(chosen == e)
-        y[rows] += weight_of[rows, places, None] * expert(e, tokens[rows])
+        y.index_add_(0, rows, weight_of[rows, places, None] * expert(e, tokens[rows]))
     return y.reshape(x.shape)
 
 

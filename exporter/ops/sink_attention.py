@@ -121,8 +121,8 @@ SINK_ATTENTION = Op(
         "Grouped-query attention with one sink logit a head in the softmax's denominator, on a growing cache. "
         "q [B, S, num_heads*D], k and v [B, S, kv_heads*D], past [B, kv_heads, P, D], sinks [num_heads], "
         "query_positions [B, S], key_positions [B, P+S] -> attention [B, S, num_heads*D], "
-        "present [B, kv_heads, P+S, D]. A query sees the keys of positions 0 to its own, the last `window` of them if window > 0; position -1 is "
-        "padding.",
+        "present [B, kv_heads, P+S, D]. A query sees the keys of positions 0 to its own, the last `window` of them if "
+        "window > 0; position -1 is padding.",
         {
             "q": "tensor(float)",
             "k": "tensor(float)",
