@@ -22,7 +22,7 @@ class Layout(Enum):
 class TensorRef:
     """A tensor as a byte range of a safetensors file.
 
-    name: canonical name, which is Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the layout.
+    name: canonical name, which is Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), in any layout.
     stored_name: the name in the file's header; several tensors share one where the layout stacks them (qkv).
     file: the file as it is named in the checkpoint folder (may be a symlink).
     dtype: safetensors' name of the type: `BF16` or `U8`.
@@ -42,9 +42,9 @@ class TensorRef:
 class Checkpoint:
     """A checkpoint whose headers agree with its config.
 
-    root: the folder that holds config and weights. weight_files: every safetensors file that the tensors lie in, in
-    the order of their names. side_files: tokenizer and generation files to ship along, those that exist.
-    raw_config: config.json as parsed, for readers that want the original keys.
+    root: the folder that holds config and weights. weight_files: every safetensors file that the tensors lie
+    in, in the order of their names. side_files: tokenizer and generation files to ship along, as far as there
+    are any. raw_config: config.json as parsed, for readers that want the original keys.
     """
 
     root: Path

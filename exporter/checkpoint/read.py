@@ -1,0 +1,60 @@
+"""The only place where bytes of tensors are read: always through a memory map, never more than asked for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from gptoss_export.exporter.checkpoint.files import open_regular
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint, TensorRef
+from gptoss_export.exporter.errors import InvalidScaleError, TruncatedFileError
+
+DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
+
+# Pages of a map count as resident until it is closed, so scans go on in windows of this many bytes.
+SCAN_BYTES = 64 << 20
+
+NAN_SCALE = 255
+
+
+def read_tensor(ref: TensorRef) -> NDArray[Any]:
+    """Maps one tensor, read-only, in its own shape; BF16 as ml_dtypes.bfloat16, U8 as uint8.
+
+    The map lives as long as the array. Raises TruncatedFileError when the file has become shorter than its
+    header said, and what `open_regular` raises.
+    """
+    return _map(ref, ref.offset, ref.nbytes, DTYPES[ref.dtype]).reshape(ref.shape)
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Reads every MXFP4 scale once. Raises InvalidScaleError for a 255, which is NaN in OCP MX v1.0."""
+    for ref in checkpoint.tensors.values():
+        if ref.name.endswith("_scales"):
+            for start in range(0, ref.nbytes, SCAN_BYTES):
+                window = _map(ref, ref.offset + start, min(SCAN_BYTES, ref.nbytes - start), DTYPES["U8"])
+                if window.max() == NAN_SCALE:
+                    _refuse_scale(ref, start + int(np.argmax(window)))
+
+
+def _refuse_scale(ref: TensorRef, index: int) -> None:
+    expert, row, group = (int(i) for i in np.unravel_index(index, ref.shape))
+    raise InvalidScaleError(
+        f"{ref.name}: the scale of expert {expert}, row {row}, group {group} is 255, which is NaN in MXFP4",
+        f"Download {ref.file.name} again, or quantise that expert anew.",
+    )
+
+
+def _map(ref: TensorRef, offset: int, nbytes: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    with open_regular(ref.file) as f:
+        size = os.fstat(f.fileno()).st_size
+        if offset + nbytes > size:
+            raise TruncatedFileError(
+                f"{ref.file} has {size} bytes, and {ref.name} ends at {ref.offset + ref.nbytes}: it was cut "
+                "short since it was opened",
+                "Leave the checkpoint alone while it is read; download it again if it stays so.",
+            )
+        return np.memmap(f, dtype=dtype, mode="r", offset=offset, shape=(nbytes // dtype.itemsize,))
