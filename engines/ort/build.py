@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_export.engines.build_info import BuildInfo
+from gptoss_export.engines.ort.genai import write_genai_config
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import GraphError
 from gptoss_export.exporter.graph.bind import bind
@@ -63,6 +64,7 @@ def _write(model: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: s
         onnx.checker.check_model(weightless_proto(model), full_check=True)
         bind(model, checkpoint.tensors, weights_dir)
         ir.save(model, path)
+        write_genai_config(checkpoint.config, MODEL_FILE, folder)
         # The checker refuses external data with several hard links, and so does every tool that loads through it.
         if all((path.parent / weights_dir / f.name).stat().st_nlink == 1 for f in checkpoint.weight_files):
             onnx.checker.check_model(path, full_check=True)

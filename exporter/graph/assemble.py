@@ -2,7 +2,7 @@
 
     inputs   input_ids [batch_size, sequence_length], attention_mask [batch_size, total_sequence_length] int64,
              past_key_values.N.key / .value [batch_size, kv_heads, past_sequence_length, head_dim] float32,
-             num_logits_to_keep int64, a scalar that may be left out
+             num_logits_to_keep int64, a scalar that may be left out: logits of the last so many, 0 of all
     outputs  logits [batch_size, kept_length, vocab_size], present.N.key / .value [.., total_sequence_length, ..]
 
 Names are those of optimum and onnxruntime-genai. Weights are initializers without data, named as in the checkpoint.
@@ -32,7 +32,8 @@ BATCH, SEQUENCE, PAST, TOTAL = (
 )
 KEPT = "kept_length"
 KEEP_INPUT = "num_logits_to_keep"
-KEEP_DEFAULT = 1
+KEEP_DEFAULT = 0
+"""Logits of all positions: what optimum and onnxruntime-genai expect of a model that they tell nothing."""
 
 
 def assemble(pieces: Pieces, config: ModelConfig) -> ir.Model:

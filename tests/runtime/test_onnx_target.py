@@ -42,7 +42,8 @@ def test_onnxruntime_without_a_library_of_ours(model_file: Path, tiny_reference:
     logits = session.run(["logits"], feeds(ids))[0]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
     without_keep = {k: v for k, v in feeds(ids).items() if k != "num_logits_to_keep"}
-    last = session.run(["logits"], without_keep)[0]
+    np.testing.assert_array_equal(session.run(["logits"], without_keep)[0], logits)
+    last = session.run(["logits"], {**feeds(ids), "num_logits_to_keep": np.array(1)})[0]
     assert last.shape == (1, 1, 2048)
     np.testing.assert_allclose(last, expected[:, -1:], rtol=0, atol=1e-4)
 

@@ -1,0 +1,54 @@
+"""genai_config.json: with it onnxruntime-genai runs the artifact's folder as it is, from Python, C++, C# or Java."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gptoss_export.exporter.checkpoint.config import ModelConfig
+
+GENAI_FILE = "genai_config.json"
+
+
+def write_genai_config(config: ModelConfig, model_file: str, folder: Path) -> None:
+    """Writes the file into `folder`. Decoding is greedy unless a caller asks for something else.
+
+    The cache grows with every step, as the graph's outputs do, so it is not shared between past and present.
+    """
+    eos = list(config.eos_token_ids)
+    model = {
+        "type": "gptoss",
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_positions,
+        "bos_token_id": config.bos_token_id if config.bos_token_id is not None else eos[0],
+        "eos_token_id": eos,
+        "pad_token_id": config.pad_token_id if config.pad_token_id is not None else eos[0],
+        "decoder": {
+            "filename": model_file,
+            "hidden_size": config.hidden_size,
+            "head_size": config.head_dim,
+            "num_attention_heads": config.num_heads,
+            "num_hidden_layers": config.num_layers,
+            "num_key_value_heads": config.num_kv_heads,
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    }
+    search = {
+        "do_sample": False,
+        "max_length": config.max_positions,
+        "num_beams": 1,
+        "past_present_share_buffer": False,
+    }
+    text = json.dumps({"model": model, "search": search}, indent=2, sort_keys=True)
+    (folder / GENAI_FILE).write_text(f"{text}\n", encoding="utf-8")
