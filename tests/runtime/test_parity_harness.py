@@ -1,0 +1,331 @@
+"""The parity harness with transformers as the engine: the model passes, every small fault fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, GptOssForCausalLM, Mxfp4Config
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from gptoss_export.engines.runner import Step
+from gptoss_export.exporter.checkpoint.open import open_checkpoint
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.errors import SessionError
+from gptoss_export.validators.gates import GATES
+from gptoss_export.validators.parity import validate
+from gptoss_export.validators.probes import default_probes
+from gptoss_export.validators.reference import Reference, run_reference
+from gptoss_export.validators.report import from_json, to_json, to_markdown
+from gptoss_export.validators.report.schema import Binding, Engine, ParityReport
+from gptoss_export.validators.scenarios import SCENARIOS
+
+BINDING = Binding({"model.safetensors": "0" * 64}, {"model.onnx": "1" * 64})
+ENGINE = Engine("transformers", "5.23.0", "torch CPU")
+
+
+@dataclass
+class RowCaches:
+    """One cache a row, which holds no padding."""
+
+    rows: list[DynamicCache]
+    length: int
+
+
+class TransformersRunner:
+    """Answers the engines' protocol with transformers, row by row: padding never reaches the model."""
+
+    def __init__(self, model: GptOssForCausalLM) -> None:
+        self.model = model
+        self.vocab_size = int(model.config.vocab_size)
+
+    def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+        batch, width = input_ids.shape
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        cache = cache or RowCaches([DynamicCache(config=self.model.config) for _ in range(batch)], 0)
+        logits = np.full((batch, width, self.vocab_size), np.nan, np.float32)
+        for row in range(batch):
+            seen = mask[row] == 1
+            with torch.inference_mode():
+                out = self.model(
+                    torch.from_numpy(input_ids[row][seen][None]),
+                    past_key_values=cache.rows[row],
+                    use_cache=True,
+                )
+            logits[row, seen] = out.logits[0].numpy()
+        return Step(logits[:, -keep:] if keep else logits, RowCaches(cache.rows, cache.length + width))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dir: Path) -> Checkpoint:
+    return open_checkpoint(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Checkpoint) -> Reference:
+    return run_reference(checkpoint, default_probes(checkpoint, "quick"))
+
+
+@pytest.fixture
+def model(tiny_dir: Path) -> GptOssForCausalLM:
+    """A model of its own for every test, because the tests spoil it."""
+    return GptOssForCausalLM.from_pretrained(
+        tiny_dir,
+        dtype=torch.float32,
+        quantization_config=Mxfp4Config(dequantize=True),
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
+
+
+def run(runner: object, reference: Reference, effort: str = "quick") -> ParityReport:
+    return validate(
+        runner,
+        reference,
+        target="ort-cpu",
+        effort=effort,
+        gates=GATES["ort-cpu"],
+        binding=BINDING,
+        engine_description=ENGINE,
+    )
+
+
+def failing(report: ParityReport) -> set[str]:
+    return {failure.scenario for failure in report.verdict.failures}
+
+
+def test_the_model_itself_passes_every_scenario(model: GptOssForCausalLM, reference: Reference) -> None:
+    report = run(TransformersRunner(model), reference)
+    assert report.verdict.passed, report.verdict
+    assert [s.name for s in report.scenarios] == list(SCENARIOS)
+    for scenario in report.scenarios:
+        assert scenario.metrics.positions > 0
+        assert scenario.metrics.logit_diff_max < 5e-5
+        assert scenario.metrics.kl_mean < 1e-11
+
+
+def test_the_model_itself_passes_at_full_effort(model: GptOssForCausalLM, checkpoint: Checkpoint) -> None:
+    full = run_reference(checkpoint, default_probes(checkpoint, "full"))
+    report = run(TransformersRunner(model), full, "full")
+    assert report.verdict.passed, report.verdict
+    assert sum(probe.tokens for probe in report.probes) > 400
+
+
+def test_logits_in_small_pieces_measure_the_same(
+    model: GptOssForCausalLM, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a vocabulary of 201088 only some hundred rows of logits may be alive; here as few as nine."""
+    kept = []
+
+    class Counting(TransformersRunner):
+        def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+            step = super().forward(input_ids, attention_mask, cache, keep)
+            kept.append(step.logits.shape[0] * step.logits.shape[1])
+            return step
+
+    monkeypatch.setattr("gptoss_export.validators.parity.LIVE_BYTES", 9 * 4 * reference.vocab_size)
+    report = run(Counting(model), reference)
+    assert report.verdict.passed, report.verdict
+    assert max(kept) <= 9
+    prefill = next(s for s in report.scenarios if s.name == "prefill")
+    assert prefill.metrics.positions == sum(len(p.ids) for p in reference.probes)
+
+
+def set_alpha(model: GptOssForCausalLM) -> None:
+    for layer in model.model.layers:
+        layer.mlp.experts.alpha = 1.703125
+
+
+def set_limit(model: GptOssForCausalLM) -> None:
+    for layer in model.model.layers:
+        layer.mlp.experts.limit = 6.5
+
+
+def widen_window(model: GptOssForCausalLM) -> None:
+    model.config.sliding_window += 1
+
+
+def narrow_window(model: GptOssForCausalLM) -> None:
+    model.config.sliding_window -= 1
+
+
+def scale_sinks(model: GptOssForCausalLM) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data *= 1.01
+
+
+def truncate_yarn(model: GptOssForCausalLM) -> None:
+    model.config.rope_parameters["truncate"] = True
+    model.model.rotary_emb = GptOssRotaryEmbedding(model.config)
+
+
+def swap_gate_and_up(model: GptOssForCausalLM) -> None:
+    for layer in model.model.layers:
+        w = layer.mlp.experts.gate_up_proj
+        w.data = w.data.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def swap_nibbles(model: GptOssForCausalLM) -> None:
+    for layer in model.model.layers:
+        w = layer.mlp.experts.down_proj
+        w.data = w.data.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+
+
+def drop_a_bias(model: GptOssForCausalLM) -> None:
+    model.model.layers[2].self_attn.v_proj.bias.data.zero_()
+
+
+def one_scale_off(model: GptOssForCausalLM) -> None:
+    """In every expert of one layer, one scale byte of 36 too high by one: 32 weights doubled."""
+    model.model.layers[1].mlp.experts.down_proj.data[:, :32, 7] *= 2
+
+
+def one_layer_in_bf16(model: GptOssForCausalLM) -> None:
+    layer = model.model.layers[3].mlp.router
+    layer.register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16).to(torch.float32),))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        set_alpha,
+        set_limit,
+        widen_window,
+        narrow_window,
+        scale_sinks,
+        truncate_yarn,
+        swap_gate_and_up,
+        swap_nibbles,
+        drop_a_bias,
+        one_scale_off,
+        one_layer_in_bf16,
+    ],
+)
+def test_a_model_that_is_slightly_another_fails(
+    model: GptOssForCausalLM, reference: Reference, fault: Callable[[GptOssForCausalLM], None]
+) -> None:
+    fault(model)
+    report = run(TransformersRunner(model), reference)
+    assert not report.verdict.passed
+    # Wrong in the weights or the mathematics: wrong however it is asked.
+    assert {"prefill", "decode", "chunked", "padded-left", "padded-right"} <= failing(report)
+
+
+class StalePosition(TransformersRunner):
+    """Decoding repeats the last position instead of going on."""
+
+    def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+        if cache is not None and input_ids.shape == (1, 1):
+            past = cache.rows[0].get_seq_length()
+            with torch.inference_mode():
+                out = self.model(
+                    torch.from_numpy(input_ids),
+                    past_key_values=cache.rows[0],
+                    position_ids=torch.tensor([[past - 1]]),
+                    use_cache=True,
+                )
+            return Step(out.logits.numpy(), cache)
+        return super().forward(input_ids, attention_mask, cache, keep)
+
+
+class ForgetsOnLongChunks(TransformersRunner):
+    """A chunk of several tokens is taken for a new prompt."""
+
+    def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+        fresh = cache is not None and len(input_ids) == 1 and input_ids.shape[1] > 1
+        return super().forward(input_ids, attention_mask, None if fresh else cache, keep)
+
+
+class SeesPadding(TransformersRunner):
+    """Ignores the mask on one side."""
+
+    side = "left"
+
+    def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+        if attention_mask is not None:
+            padded_left = (attention_mask[:, 0] == 0).any()
+            if padded_left == (self.side == "left"):
+                attention_mask = None
+        return super().forward(input_ids, attention_mask, cache, keep)
+
+
+class SeesPaddingOnTheRight(SeesPadding):
+    side = "right"
+
+
+class LastButOne(TransformersRunner):
+    """Asked for the last position of a single long prompt only, gives the one before."""
+
+    def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+        step = super().forward(input_ids, attention_mask, cache, 0)
+        if keep == 1 and cache is None and len(input_ids) == 1 and input_ids.shape[1] > 20:
+            return replace(step, logits=step.logits[:, -2:-1])
+        return replace(step, logits=step.logits[:, -keep:] if keep else step.logits)
+
+
+@pytest.mark.parametrize(
+    ("runner", "scenarios"),
+    [
+        (StalePosition, {"decode"}),
+        (ForgetsOnLongChunks, {"chunked"}),
+        (SeesPadding, {"padded-left"}),
+        (SeesPaddingOnTheRight, {"padded-right"}),
+        (LastButOne, {"last-only", "decode"}),
+    ],
+)
+def test_an_engine_that_handles_its_cache_wrong_fails_where_it_is_wrong(
+    model: GptOssForCausalLM, reference: Reference, runner: type[TransformersRunner], scenarios: set[str]
+) -> None:
+    assert failing(run(runner(model), reference)) == scenarios
+
+
+class OneNan(TransformersRunner):
+    def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+        step = super().forward(input_ids, attention_mask, cache, keep)
+        if input_ids.shape == (1, 1) and cache is not None:
+            step.logits[0, 0, 5] = np.nan
+        return step
+
+
+def test_one_nan_fails(model: GptOssForCausalLM, reference: Reference) -> None:
+    report = run(OneNan(model), reference)
+    assert not report.verdict.passed
+    decode = next(s for s in report.scenarios if s.name == "decode")
+    assert decode.metrics.non_finite > 0
+    assert ("decode", "non_finite") in {(f.scenario, f.gate) for f in report.verdict.failures}
+
+
+def test_a_wrong_shape_is_an_error_and_no_verdict(model: GptOssForCausalLM, reference: Reference) -> None:
+    class TooMany(TransformersRunner):
+        def forward(self, input_ids, attention_mask=None, cache=None, keep=1):
+            return super().forward(input_ids, attention_mask, cache, 0)
+
+    with pytest.raises(SessionError, match="logits"):
+        run(TooMany(model), reference)
+
+
+def test_another_vocabulary_is_an_error(model: GptOssForCausalLM, reference: Reference) -> None:
+    runner = TransformersRunner(model)
+    runner.vocab_size += 1
+    with pytest.raises(SessionError, match="vocabulary"):
+        run(runner, reference)
+
+
+def test_probes_too_short_for_a_scenario_never_pass(model: GptOssForCausalLM, checkpoint: Checkpoint) -> None:
+    one_token = default_probes(checkpoint, "quick")[:1]
+    report = run(TransformersRunner(model), run_reference(checkpoint, one_token))
+    assert failing(report) == {"decode", "chunked", "padded-left", "padded-right"}
+
+
+def test_a_real_report_fits_its_schema_and_reads_back(model: GptOssForCausalLM, reference: Reference) -> None:
+    report = run(TransformersRunner(model), reference)
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "parity.schema.json").read_text())
+    jsonschema.validate(json.loads(to_json(report)), schema, jsonschema.Draft202012Validator)
+    assert from_json(to_json(report)) == report
+    assert to_markdown(report).startswith("**PASS**: ort-cpu ")
