@@ -30,12 +30,15 @@
     |   +-- IntegrityError            44  a file is not the one that the manifest names
     |   +-- DiskSpaceError            45
     |   +-- TokenizerError            46  no tokenizer where text was given or asked for
+    |   +-- AccessError               47  a file or folder that this user may not read or write
     +-- ParityError
     |   +-- ParityFailedError         50  the artifact is not the model, by the gates of its target
     |   +-- NotValidatedError         51  a verdict was asked for, and none was ever made
     +-- PromptError                   60  prompts or token ids that this model cannot take
+    +-- OutOfMemoryError              61  this machine's memory was not enough
 
-Exit code 0 is success, 1 a bug of ours, 2 a wrong command line, 130 Ctrl-C. `docs/exit-codes.md` is made of this table.
+Exit code 0 is success, 1 a bug of ours, 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM.
+`docs/exit-codes.md` is made of this table.
 """
 
 from __future__ import annotations
@@ -170,6 +173,10 @@ class TokenizerError(ArtifactError):
     exit_code = 46
 
 
+class AccessError(ArtifactError):
+    exit_code = 47
+
+
 class ParityError(GptossExportError):
     """The artifact is not shown to be the model."""
 
@@ -184,3 +191,7 @@ class NotValidatedError(ParityError):
 
 class PromptError(GptossExportError):
     exit_code = 60
+
+
+class OutOfMemoryError(GptossExportError):
+    exit_code = 61

@@ -1,0 +1,272 @@
+"""The command line: options in, pipeline called, exit code out.
+
+Importing this module must stay cheap, so that `--help` answers at once: everything heavy is imported by the
+command that needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, cast
+
+import click
+from click.core import ParameterSource
+
+from gptoss_export.exporter.commands import artifact, generate, synth
+from gptoss_export.exporter.commands.config_file import load_defaults
+from gptoss_export.exporter.commands.settings import (
+    Settings,
+    common_options,
+    json_option,
+    print_json,
+    threads_option,
+)
+from gptoss_export.exporter.errors import AccessError, DiskSpaceError, GptossExportError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from gptoss_export.exporter.plan import Parity
+
+_EPILOG = """\b
+Examples:
+  gptoss-export --target ort-cpu --model ./gpt-oss-20b --output ./release
+  gptoss-export --target onnx --target ort-cpu --model openai/gpt-oss-20b --output ./release
+  gptoss-export --target ort-cpu --model ./gpt-oss-20b --output ./release --dry-run
+  gptoss-export --config export.yaml --parity full
+  gptoss-export validate ./release
+
+Every option can also come from the file given as --config, and from the environment as GPTOSS_EXPORT_TARGET
+and so on; the command line wins over the environment, the environment over the file.
+"""
+
+_EVERYWHERE = {"debug", "quiet", "config", "version", "help"}
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        libraries = ("torch", "onnx", "onnx-ir", "onnxruntime", "transformers")
+        named = ", ".join(f"{name} {version(name)}" for name in libraries)
+        click.echo(f"gptoss-export {version('gptoss-export')} ({named})")
+        ctx.exit()
+
+
+@click.group(
+    "gptoss-export",
+    invoke_without_command=True,
+    epilog=_EPILOG,
+    subcommand_metavar="[COMMAND [ARGS]...]",
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPTOSS_EXPORT"},
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    envvar="GPTOSS_EXPORT_TARGET",
+    metavar="NAME",
+    help="What to export for; may be repeated. See `targets`.",
+)
+@click.option("--model", metavar="DIR|ID", help="Checkpoint folder, or an id on the Hugging Face Hub.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to make; with several targets, one folder each in it.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "hardlink", "in-place"]),
+    default="copy",
+    show_default=True,
+    help="How the weights come into the artifact.",
+)
+@click.option(
+    "--parity",
+    type=click.Choice(["off", "quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How thoroughly to compare the artifact with PyTorch.",
+)
+@click.option("--force", is_flag=True, help="Replace an artifact that is in --output.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, with sizes, and stop.")
+@threads_option
+@json_option
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=load_defaults,
+    help="YAML file of options.",
+)
+@common_options
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions."
+)
+@click.pass_context
+def cli(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    model: str | None,
+    revision: str | None,
+    output: Path | None,
+    weights: str,
+    parity: str,
+    force: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Export gpt-oss from its own checkpoint to an artifact that is shown to be the model."""
+    if ctx.invoked_subcommand is not None:
+        _refuse_export_options(ctx)
+        return
+    if not (targets or model or output):
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+    from gptoss_export.exporter.commands.show import echo_plan, echo_result, plan_as_json, result_as_json
+    from gptoss_export.exporter.pipeline import ExportRequest, export, make_plan, require_pass
+    from gptoss_export.exporter.weights import WeightsMode
+
+    if model is None or output is None or not targets:
+        absent = [
+            name for name, value in (("--target", targets), ("--model", model), ("--output", output)) if not value
+        ]
+        raise click.UsageError(f"missing {', '.join(absent)}", ctx)
+    request = ExportRequest(
+        model=model,
+        output=output,
+        targets=_known_targets(ctx, targets),
+        revision=revision,
+        weights=WeightsMode(weights),
+        parity=cast("Parity", parity),
+        force=force,
+        threads=threads,
+    )
+    settings = ctx.ensure_object(Settings)
+    if dry_run:
+        with settings.working():
+            plan = make_plan(request)
+        print_json(plan_as_json(plan)) if as_json else echo_plan(plan)
+        return
+    with settings.working() as progress:
+        results = export(request, progress)
+    if as_json:
+        print_json({"results": [result_as_json(result) for result in results]})
+    else:
+        for result in results:
+            echo_result(result)
+    if parity == "off":
+        click.echo("warning: NOT VALIDATED, the artifact was not compared with the model (--parity off)", err=True)
+        click.echo(f"  next: gptoss-export validate {results[0].folder}", err=True)
+        return
+    require_pass(results)
+
+
+for _command in (artifact.targets, artifact.inspect, artifact.validate, generate.generate, synth.synth):
+    cli.add_command(_command)
+
+
+def _known_targets(ctx: click.Context, names: tuple[str, ...]) -> tuple[str, ...]:
+    from gptoss_export.engines.targets import TARGETS
+
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise click.UsageError(f"no target {unknown[0]!r}; there are {', '.join(TARGETS)}", ctx)
+    return tuple(dict.fromkeys(names))
+
+
+def _refuse_export_options(ctx: click.Context) -> None:
+    for name in ctx.params:
+        if name not in _EVERYWHERE and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = next(param.opts[0] for param in ctx.command.params if param.name == name)
+            raise click.UsageError(
+                f"{option} is an option of the export; those of `{ctx.invoked_subcommand}` follow its name",
+                ctx,
+            )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; see docs/exit-codes.md. Never raises an Exception."""
+    settings = Settings()
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with warnings.catch_warnings():
+            if "--debug" not in (sys.argv[1:] if args is None else args):
+                warnings.simplefilter("ignore")
+            code = cli.main(args, "gptoss-export", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (BrokenPipeError, SystemExit):
+        # The reader of stdout went away; outside of standalone mode this is all that click turns into sys.exit.
+        # Without the next line the interpreter would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: nothing was left behind", err=True)
+        return 130
+    except _Terminated:
+        click.echo("terminated: nothing was left behind", err=True)
+        return 128 + signal.SIGTERM
+    except Exception as error:
+        return _report(error, settings)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, on its way up through the cleanups."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleanup short
+    raise _Terminated
+
+
+def _report(error: Exception, settings: Settings) -> int:
+    if settings.debug:
+        traceback.print_exception(error)
+    known = _known(error)
+    if known is None:
+        what = str(error).splitlines()[0] if str(error) else "no message"
+        click.echo(f"error: a bug in gptoss-export: {type(error).__name__}: {what}", err=True)
+        click.echo("  next: rerun with --debug and report the traceback", err=True)
+        return 1
+    click.echo(f"error: {known.what}", err=True)
+    click.echo(f"  next: {known.next_step}", err=True)
+    return known.exit_code
+
+
+def _known(error: Exception) -> GptossExportError | None:
+    """The error as one of ours, if it is one that a user can do something about."""
+    if isinstance(error, GptossExportError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("this machine's memory was not enough", "close other programs, or use a larger machine")
+    if not isinstance(error, OSError):
+        return None
+    where = error.filename if error.filename is not None else "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(f"no space left on the device for {where}", "free space, or choose another --output")
+    if error.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    ):
+        return AccessError(f"{where}: {error.strerror}", "check the path and the rights of this user on it")
+    return None

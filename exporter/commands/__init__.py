@@ -1,0 +1,1 @@
+"""The subcommands of `gptoss-export`, one file each family."""

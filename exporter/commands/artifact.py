@@ -1,0 +1,83 @@
+"""Commands on what was delivered, and on what can be: `targets`, `inspect`, `validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gptoss_export.exporter.commands.settings import (
+    Settings,
+    common_options,
+    json_option,
+    print_json,
+    threads_option,
+)
+
+ARTIFACT = click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+
+
+@click.command("targets")
+@json_option
+@common_options
+def targets(as_json: bool) -> None:
+    """List what this version can export for, and whether this host can."""
+    from gptoss_export.engines.targets import TARGETS
+    from gptoss_export.exporter.errors import TargetUnavailableError
+
+    rows = []
+    for target in TARGETS.values():
+        missing = None
+        try:
+            target.check_available()
+        except TargetUnavailableError as error:
+            missing = f"{error.what}; {error.next_step}"
+        rows.append({"name": target.name, "engine": target.engine, "summary": target.summary, "missing": missing})
+    if as_json:
+        print_json({"targets": rows})
+        return
+    for row in rows:
+        state = "" if row["missing"] is None else f" [not here: {row['missing']}]"
+        click.echo(f"{row['name']:<14} {row['summary']}{state}")
+
+
+@click.command("inspect")
+@ARTIFACT
+@json_option
+@common_options
+def inspect(folder: Path, as_json: bool) -> None:
+    """Show what the artifact in OUT is, from its manifest alone."""
+    from gptoss_export.exporter.artifact import manifest_as_json, read_manifest
+    from gptoss_export.exporter.commands.show import echo_manifest
+
+    manifest = read_manifest(folder)
+    if as_json:
+        print_json(manifest_as_json(manifest))
+    else:
+        echo_manifest(manifest)
+
+
+@click.command("validate")
+@ARTIFACT
+@click.option(
+    "--parity", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How many positions."
+)
+@threads_option
+@json_option
+@common_options
+@click.pass_obj
+def validate(settings: Settings, folder: Path, parity: str, threads: int | None, as_json: bool) -> None:
+    """Check every hash of the artifact in OUT and measure its parity anew.
+
+    Rewrites its parity report and the verdict in its manifest. Exits 50 when the artifact is not the model.
+    """
+    from gptoss_export.exporter.commands.show import echo_result, result_as_json
+    from gptoss_export.exporter.pipeline import require_pass, validate_artifact
+
+    with settings.working() as progress:
+        result = validate_artifact(folder, "full" if parity == "full" else "quick", threads=threads, progress=progress)
+    if as_json:
+        print_json({"results": [result_as_json(result)]})
+    else:
+        echo_result(result)
+    require_pass([result])

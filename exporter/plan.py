@@ -1,0 +1,163 @@
+"""What an export will do, decided before anything is written: `--dry-run` prints it, the pipeline follows
+it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.errors import DiskSpaceError, WeightsModeError
+from gptoss_export.exporter.progress import format_bytes
+from gptoss_export.exporter.staging import check_output
+from gptoss_export.exporter.weights import WeightsMode, can_reflink, in_place_dir
+
+Parity = Literal["off", "quick", "full"]
+
+WEIGHTS_DIR = "weights"
+_CONFIG_NAME = "config.json"
+_INDEX_NAME = "model.safetensors.index.json"
+_GRAPH_BYTES = 32 << 20  # graph, manifest and report; 1 to 3 MB in practice
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core."""
+
+    model: str
+    output: Path
+    targets: tuple[str, ...]
+    revision: str | None = None
+    weights: WeightsMode = WeightsMode.COPY
+    parity: Parity = "quick"
+    force: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    folders: where each target's artifact will lie. checkpoint_files: what makes up weights_dir, by name,
+    sources with their links resolved. copied_bytes: to be written to the disk, over all targets; free_bytes:
+    there now.
+    steps: the stages in words.
+    """
+
+    request: ExportRequest
+    checkpoint: Checkpoint
+    folders: Mapping[str, Path]
+    weights_dir: str
+    checkpoint_files: Mapping[str, Path]
+    copied_bytes: int
+    free_bytes: int
+    steps: tuple[str, ...]
+
+    @property
+    def protected(self) -> tuple[Path, ...]:
+        """What no output may replace."""
+        return (self.checkpoint.root.resolve(), *self.checkpoint_files.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.checkpoint_files.values())
+
+
+def make_plan(request: ExportRequest) -> Plan:
+    """Opens the checkpoint's headers, asks every target whether it can work here, and checks output and disk.
+
+    Raises the errors of CheckpointError, TargetUnavailableError, OutputExistsError, WeightsModeError and
+    DiskSpaceError; nothing is written but, where the disk looks too small, one anonymous file to try a
+    reflink with.
+    """
+    from gptoss_export.engines.targets import TARGETS
+    from gptoss_export.exporter.checkpoint.hub import resolve_model
+    from gptoss_export.exporter.checkpoint.open import open_checkpoint
+
+    for target in request.targets:
+        TARGETS[target].check_available()
+    checkpoint = open_checkpoint(resolve_model(request.model, request.revision))
+    files = checkpoint_files(checkpoint)
+    output = request.output
+    weights_dir = WEIGHTS_DIR
+    if request.weights is WeightsMode.IN_PLACE:
+        weights_dir = _in_place(request, checkpoint)
+    else:
+        check_output(output, force=request.force, protect=(checkpoint.root.resolve(), *files.values()))
+    single = len(request.targets) == 1
+    side_bytes = sum(path.stat().st_size for path in checkpoint.side_files)
+    copied = (side_bytes + _GRAPH_BYTES) * len(request.targets)
+    if request.weights is WeightsMode.COPY:
+        copied += sum(path.stat().st_size for path in files.values()) * len(request.targets)
+    parent = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    plan = Plan(
+        request=request,
+        checkpoint=checkpoint,
+        folders={target: output if single else output / target for target in request.targets},
+        weights_dir=weights_dir,
+        checkpoint_files=files,
+        copied_bytes=copied,
+        free_bytes=shutil.disk_usage(parent).free,
+        steps=_steps(request, checkpoint, weights_dir),
+    )
+    _check_space(plan, parent)
+    return plan
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files that make up a complete checkpoint folder, by name; sources with their links resolved."""
+    paths = [checkpoint.root / _CONFIG_NAME, *checkpoint.weight_files, *checkpoint.side_files]
+    if (checkpoint.root / _INDEX_NAME).is_file():
+        paths.append(checkpoint.root / _INDEX_NAME)
+    return {path.name: path.resolve() for path in sorted(paths, key=lambda path: path.name)}
+
+
+def _in_place(request: ExportRequest, checkpoint: Checkpoint) -> str:
+    if len(request.targets) > 1:
+        raise WeightsModeError(
+            "--weights in-place has room for one target, since all would write the same names",
+            "export one target at a time, or use --weights hardlink",
+        )
+    files = {path.name: path for path in checkpoint.weight_files}
+    return in_place_dir(checkpoint.root, files, request.output)
+
+
+def _check_space(plan: Plan, parent: Path) -> None:
+    if plan.copied_bytes <= plan.free_bytes:
+        return
+    largest = max(plan.checkpoint_files.values(), key=lambda path: path.stat().st_size)
+    if plan.request.weights is WeightsMode.COPY and can_reflink(largest, parent):
+        return
+    raise DiskSpaceError(
+        f"{format_bytes(plan.copied_bytes)} are needed below {parent}, {format_bytes(plan.free_bytes)} are free",
+        "free space, choose another --output, or use --weights hardlink",
+    )
+
+
+def _steps(request: ExportRequest, checkpoint: Checkpoint, weights_dir: str) -> tuple[str, ...]:
+    config = checkpoint.config
+    nbytes = format_bytes(checkpoint.nbytes)
+    shards = f"{len(checkpoint.weight_files)} weight file(s), {nbytes}"
+    place = {
+        WeightsMode.COPY: f"copy and hash {shards}, once for all targets, to {weights_dir}/",
+        WeightsMode.HARDLINK: f"link and hash {shards} as {weights_dir}/",
+        WeightsMode.IN_PLACE: f"hash {shards} where they are ({weights_dir})",
+    }[request.weights]
+    parity = {
+        "off": "no parity check: the manifest will say `not validated`",
+        "quick": "compare each artifact with transformers in float32 (quick), the reference run once",
+        "full": "compare each artifact with transformers in float32 (full), the reference run once",
+    }[request.parity]
+    return (
+        f"read {checkpoint.root} ({checkpoint.layout.value}, {config.num_layers} layers, "
+        f"{config.num_experts} experts, vocabulary {config.vocab_size})",
+        place,
+        "check every MXFP4 scale; trace one layer of each kind; assemble and simplify the graph",
+        *(f"build {target} and load it" for target in request.targets),
+        parity,
+        "write the manifest; rename the finished folder into place",
+    )
