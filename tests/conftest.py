@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.config import ModelConfig
@@ -14,6 +15,10 @@ from gptoss_export.exporter.checkpoint.mxfp4 import decode_bf16
 from gptoss_export.exporter.checkpoint.open import open_checkpoint, read_tensor
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout
 from gptoss_export.exporter.graph.build import build_graph
+
+# How fast examples are drawn says something about the machine, nothing about the code.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ def build_onnx(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_di
     """Writes the portable model. `graph` is not changed."""
     model = graph.clone()
     _write(model, checkpoint, folder, weights_dir)
-    return BuildInfo(engine="any ONNX runtime", provider="CPUExecutionProvider", notes=())
+    genai = write_genai_config(checkpoint.config, MODEL_FILE, folder)
+    return BuildInfo(engine="any ONNX runtime", provider="CPUExecutionProvider", notes=(genai,))
 
 
 def build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
@@ -47,10 +48,11 @@ def build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights
     else:
         note = f"attention: function body, because GroupQueryAttention is not its definition here ({probe.failure})"
     _write(model, checkpoint, folder, weights_dir)
+    genai = write_genai_config(checkpoint.config, MODEL_FILE, folder)
     return BuildInfo(
         engine=f"onnxruntime {ort.__version__}",
         provider="CPUExecutionProvider",
-        notes=(note, "experts: function body, one expert in float32 at a time"),
+        notes=(note, "experts: function body, one expert in float32 at a time", genai),
     )
 
 
@@ -64,7 +66,6 @@ def _write(model: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: s
         onnx.checker.check_model(weightless_proto(model), full_check=True)
         bind(model, checkpoint.tensors, weights_dir)
         ir.save(model, path)
-        write_genai_config(checkpoint.config, MODEL_FILE, folder)
         # The checker refuses external data with several hard links, and so does every tool that loads through it.
         if all((path.parent / weights_dir / f.name).stat().st_nlink == 1 for f in checkpoint.weight_files):
             onnx.checker.check_model(path, full_check=True)

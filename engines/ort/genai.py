@@ -10,12 +10,17 @@ from gptoss_export.exporter.checkpoint.config import ModelConfig
 GENAI_FILE = "genai_config.json"
 
 
-def write_genai_config(config: ModelConfig, model_file: str, folder: Path) -> None:
-    """Writes the file into `folder`. Decoding is greedy unless a caller asks for something else.
+def write_genai_config(config: ModelConfig, model_file: str, folder: Path) -> str:
+    """Writes the file into `folder`, if the checkpoint says where a text ends, and says what was done.
+
+    onnxruntime-genai needs an end-of-text token, and a guessed one would cut texts or never end them. Decoding is
+    greedy unless a caller asks for something else.
 
     The cache grows with every step, as the graph's outputs do, so it is not shared between past and present.
     """
     eos = list(config.eos_token_ids)
+    if not eos:
+        return f"{GENAI_FILE}: not written, because the checkpoint names no end-of-text token"
     model = {
         "type": "gptoss",
         "vocab_size": config.vocab_size,
@@ -52,3 +57,4 @@ def write_genai_config(config: ModelConfig, model_file: str, folder: Path) -> No
     }
     text = json.dumps({"model": model, "search": search}, indent=2, sort_keys=True)
     (folder / GENAI_FILE).write_text(f"{text}\n", encoding="utf-8")
+    return f"{GENAI_FILE}: onnxruntime-genai runs this folder"
