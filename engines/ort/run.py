@@ -43,7 +43,8 @@ class OrtRunner:
         options.intra_op_num_threads = threads or 0
         path = folder / MODEL_FILE
         try:
-            session = ort.InferenceSession(path, options, providers=[provider])
+            # Folding would turn the stored bfloat16 into float32 and transposed copies of most of the model.
+            session = ort.InferenceSession(path, options, providers=[provider], disabled_optimizers=["ConstantFolding"])
         except Exception as error:  # onnxruntime raises its own unexported types
             raise SessionError(
                 f"onnxruntime {ort.__version__} refuses {path}: {str(error).splitlines()[0]}",
