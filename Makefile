@@ -21,7 +21,7 @@ help:
 $(VENV)/.libraries: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no python3 of version 3.11 or newer was found" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "scikit-build-core==1.1.2" .
+	$(BIN)/python -m pip install --quiet "scikit-build-core==1.1.2" "cmake==4.4.4" "ninja==1.13.2" .
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.libraries

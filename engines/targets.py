@@ -56,10 +56,16 @@ def _build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weight
     return build_ort_cpu(graph, checkpoint, folder, weights_dir)
 
 
-def _open_ort_cpu(folder: Path, threads: int | None = None) -> Runner:
-    from gptoss_export.engines.ort.run import OrtRunner
+def _open_onnx(folder: Path, threads: int | None = None) -> Runner:
+    from gptoss_export.engines.ort.run import open_ort_runner
 
-    return OrtRunner(folder, "CPUExecutionProvider", threads)
+    return open_ort_runner(folder, "CPUExecutionProvider", threads, kernels=False)
+
+
+def _open_ort_cpu(folder: Path, threads: int | None = None) -> Runner:
+    from gptoss_export.engines.ort.run import open_ort_runner
+
+    return open_ort_runner(folder, "CPUExecutionProvider", threads)
 
 
 TARGETS: dict[str, Target] = {
@@ -71,11 +77,11 @@ TARGETS: dict[str, Target] = {
             engine="any ONNX runtime",
             requires=("onnx", "onnxruntime"),
             build=_build_onnx,
-            open_runner=_open_ort_cpu,
+            open_runner=_open_onnx,
         ),
         Target(
             name="ort-cpu",
-            summary="ONNX Runtime on CPU, fused attention, experts in MXFP4 as stored, float32 activations",
+            summary="ONNX Runtime on CPU with our kernels, experts in MXFP4 and dense weights in bf16 as stored",
             engine="onnxruntime",
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu,

@@ -1,7 +1,8 @@
 """The canonical graph becomes model.onnx for ONNX Runtime.
 
-`onnx` keeps the dialect: function bodies run anywhere. `ort-cpu` uses ONNX Runtime's own operators where a probe has
-shown on this runtime that they compute what the dialect says, and keeps the bodies elsewhere.
+`onnx` keeps the dialect: function bodies run anywhere. `ort-cpu` is for our kernels. Where this installation has none,
+it uses ONNX Runtime's own operators as far as a probe has shown on this runtime that they compute what the dialect
+says, and the bodies elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from typing import TYPE_CHECKING
 
 from gptoss_export.engines.build_info import BuildInfo
 from gptoss_export.engines.ort.genai import write_genai_config
+from gptoss_export.engines.ort.library import kernels_work
+from gptoss_export.engines.ort.lower import lower_attention
+from gptoss_export.engines.ort.probe import probe_attention
+from gptoss_export.engines.ort.run import BATCHED_CHUNKS_KEY
+from gptoss_export.engines.ort.session import MODEL_FILE
+from gptoss_export.engines.ort.share_cache import share_cache
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import GraphError
 from gptoss_export.exporter.graph.bind import bind
@@ -19,16 +26,11 @@ from gptoss_export.exporter.graph.simplify import weightless_proto
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MODEL_FILE = "model.onnx"
-BATCHED_CHUNKS_KEY = "gptoss_export.batched_chunks"
-"""Metadata of a model: whether several rows may be continued by more than one position in one call."""
-
 
 def build_onnx(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
     """Writes the portable model. `graph` is not changed."""
-    model = graph.clone()
-    _write(model, checkpoint, folder, weights_dir)
-    genai = write_genai_config(checkpoint.config, MODEL_FILE, folder)
+    _write(graph.clone(), checkpoint, folder, weights_dir)
+    genai = write_genai_config(checkpoint.config, MODEL_FILE, folder, shared_cache=False)
     return BuildInfo(engine="any ONNX runtime", provider="CPUExecutionProvider", notes=(genai,))
 
 
@@ -36,23 +38,27 @@ def build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights
     """Writes the model for ONNX Runtime on CPU. `graph` is not changed."""
     import onnxruntime as ort
 
-    from gptoss_export.engines.ort.lower import lower_attention
-    from gptoss_export.engines.ort.probe import probe_attention
-
-    model = graph.clone()
-    probe = probe_attention(checkpoint.config)
-    if probe.passed:
-        model = lower_attention(model)
-        model.metadata_props[BATCHED_CHUNKS_KEY] = str(probe.batched_chunks).lower()
-        note = f"attention: GroupQueryAttention, within {probe.max_error:.1e} of its definition in {probe.cases} cases"
+    why_not = kernels_work()
+    if why_not is None:
+        model, notes = share_cache(graph.clone()), ["kernels: our own, cache updated in place"]
     else:
-        note = f"attention: function body, because GroupQueryAttention is not its definition here ({probe.failure})"
+        model, attention = _stock_operators(graph.clone(), checkpoint)
+        notes = [f"kernels: none, {why_not}", attention, "experts: function body, one expert in float32 at a time"]
     _write(model, checkpoint, folder, weights_dir)
-    genai = write_genai_config(checkpoint.config, MODEL_FILE, folder)
-    return BuildInfo(
-        engine=f"onnxruntime {ort.__version__}",
-        provider="CPUExecutionProvider",
-        notes=(note, "experts: function body, one expert in float32 at a time", genai),
+    notes.append(write_genai_config(checkpoint.config, MODEL_FILE, folder, shared_cache=why_not is None))
+    return BuildInfo(f"onnxruntime {ort.__version__}", "CPUExecutionProvider", tuple(notes))
+
+
+def _stock_operators(model: ir.Model, checkpoint: Checkpoint) -> tuple[ir.Model, str]:
+    """The model with ONNX Runtime's own attention, if that is what the dialect says, and a note on it."""
+    probe = probe_attention(checkpoint.config)
+    if not probe.passed:
+        return model, f"attention: function body, GroupQueryAttention is not its definition here ({probe.failure})"
+    model = lower_attention(model)
+    model.metadata_props[BATCHED_CHUNKS_KEY] = str(probe.batched_chunks).lower()
+    return (
+        model,
+        f"attention: GroupQueryAttention, within {probe.max_error:.1e} of its definition in {probe.cases} cases",
     )
 
 

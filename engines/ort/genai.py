@@ -10,13 +10,11 @@ from gptoss_export.exporter.checkpoint.config import ModelConfig
 GENAI_FILE = "genai_config.json"
 
 
-def write_genai_config(config: ModelConfig, model_file: str, folder: Path) -> str:
+def write_genai_config(config: ModelConfig, model_file: str, folder: Path, *, shared_cache: bool) -> str:
     """Writes the file into `folder`, if the checkpoint says where a text ends, and says what was done.
 
     onnxruntime-genai needs an end-of-text token, and a guessed one would cut texts or never end them. Decoding is
-    greedy unless a caller asks for something else.
-
-    The cache grows with every step, as the graph's outputs do, so it is not shared between past and present.
+    greedy unless a caller asks for something else. shared_cache: whether the model updates its cache in place.
     """
     eos = list(config.eos_token_ids)
     if not eos:
@@ -53,7 +51,7 @@ def write_genai_config(config: ModelConfig, model_file: str, folder: Path) -> st
         "do_sample": False,
         "max_length": config.max_positions,
         "num_beams": 1,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": shared_cache,
     }
     text = json.dumps({"model": model, "search": search}, indent=2, sort_keys=True)
     (folder / GENAI_FILE).write_text(f"{text}\n", encoding="utf-8")

@@ -8,7 +8,8 @@ from gptoss_export.exporter.ops.dialect import DOMAIN, OPSET, VERSION, Op, with_
 from gptoss_export.exporter.ops.linear import LINEAR, LINEAR_NO_BIAS
 from gptoss_export.exporter.ops.moe_experts import MOE_EXPERTS, MOE_EXPERTS_DENSE
 from gptoss_export.exporter.ops.moe_router import MOE_ROUTER
-from gptoss_export.exporter.ops.sink_attention import POSITION_BIAS, SINK_ATTENTION
+from gptoss_export.exporter.ops.shared_sink_attention import SHARED_SINK_ATTENTION
+from gptoss_export.exporter.ops.sink_attention import ATTEND_WITH_SINKS, POSITION_BIAS, SINK_ATTENTION
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,7 +21,9 @@ OPS: tuple[Op, ...] = (
     MOE_EXPERTS,
     MOE_EXPERTS_DENSE,
     POSITION_BIAS,
+    ATTEND_WITH_SINKS,
     SINK_ATTENTION,
+    SHARED_SINK_ATTENTION,
 )
 
 __all__ = ["DOMAIN", "OPS", "OPSET", "VERSION", "Op", "functions_of"]

@@ -113,6 +113,67 @@ POSITION_BIAS = Op(
     }""",
 )
 
+ATTEND_WITH_SINKS = Op(
+    name="AttendWithSinks",
+    torch_op=None,
+    schema=make_schema(
+        "AttendWithSinks",
+        "The attention of SinkAttention over keys and values that are given whole. q [B, S, num_heads*D], "
+        "keys and values [B, kv_heads, N, D], sinks [num_heads], query_positions [B, S], key_positions [B, N] -> "
+        "attention [B, S, num_heads*D].",
+        {
+            "q": "tensor(float)",
+            "keys": "tensor(float)",
+            "values": "tensor(float)",
+            "sinks": "tensor(bfloat16)",
+            "query_positions": "tensor(int64)",
+            "key_positions": "tensor(int64)",
+        },
+        {"attention": "tensor(float)"},
+        {"num_heads": INT, "kv_heads": INT, "scale": FLOAT, "window": INT},
+    ),
+    # Shapes: Q [B, kv, g, S, D] with g query heads a key head, K and V [B, kv, 1, N, D], scores [B, kv, g, S, N].
+    body="""<num_heads, kv_heads, scale, window>
+    (q, keys, values, sinks, query_positions, key_positions) => (attention) {
+        zero = Constant <value_ints = [0]> ()
+        one = Constant <value_ints = [1]> ()
+        two = Constant <value_ints = [2]> ()
+        minus_one = Constant <value_ints = [-1]> ()
+        kv_scalar = Constant <value_int: int = @kv_heads> ()
+        kv = Reshape (kv_scalar, one)
+        B_S = Shape <start = 0, end = 2> (q)
+        D = Shape <start = 3, end = 4> (keys)
+        q_shape = Concat <axis = 0> (B_S, kv, minus_one, D)
+        q_5d = Reshape (q, q_shape)
+        Q = Transpose <perm = [0, 2, 3, 1, 4]> (q_5d)
+        K = Unsqueeze (keys, two)
+        V = Unsqueeze (values, two)
+        K_t = Transpose <perm = [0, 1, 2, 4, 3]> (K)
+        products = MatMul (Q, K_t)
+        factor = Constant <value_float: float = @scale> ()
+        scores = Mul (products, factor)
+        bias_4d = com.gptoss.PositionBias <window: int = @window> (query_positions, key_positions)
+        bias = Unsqueeze (bias_4d, one)
+        logits = Add (scores, bias)
+
+        sinks_float = Cast <to = 1> (sinks)
+        sink_kv_shape = Concat <axis = 0> (one, kv, minus_one, one, one)
+        sink_5d = Reshape (sinks_float, sink_kv_shape)
+        rows = Shape <start = 0, end = 4> (logits)
+        column_shape = Concat <axis = 0> (rows, one)
+        sink_column = Expand (sink_5d, column_shape)
+        with_sink = Concat <axis = -1> (logits, sink_column)
+        with_sink_p = Softmax <axis = -1> (with_sink)
+        last_axis = Constant <value_ints = [-1]> ()
+        p = Slice (with_sink_p, zero, minus_one, last_axis)
+        heads = MatMul (p, V)
+        heads_last = Transpose <perm = [0, 3, 1, 2, 4]> (heads)
+        out_shape = Concat <axis = 0> (B_S, minus_one)
+        attention = Reshape (heads_last, out_shape)
+    }""",
+    calls=("PositionBias",),
+)
+
 SINK_ATTENTION = Op(
     name="SinkAttention",
     torch_op=torch.ops.gptoss.sink_attention.default,
@@ -136,18 +197,14 @@ SINK_ATTENTION = Op(
         {"attention": "tensor(float)", "present_key": "tensor(float)", "present_value": "tensor(float)"},
         {"num_heads": INT, "kv_heads": INT, "scale": FLOAT, "window": INT},
     ),
-    # Shapes: Q [B, kv, g, S, D] with g query heads a key head, K and V [B, kv, T, D], scores [B, kv, g, S, T].
     body="""<num_heads, kv_heads, scale, window>
     (q, k, v, past_key, past_value, sinks, query_positions, key_positions)
         => (attention, present_key, present_value) {
-        zero = Constant <value_ints = [0]> ()
         one = Constant <value_ints = [1]> ()
-        two = Constant <value_ints = [2]> ()
         minus_one = Constant <value_ints = [-1]> ()
         kv_scalar = Constant <value_int: int = @kv_heads> ()
         kv = Reshape (kv_scalar, one)
         B_S = Shape <start = 0, end = 2> (q)
-
         kv_shape = Concat <axis = 0> (B_S, kv, minus_one)
         k_4d = Reshape (k, kv_shape)
         new_key = Transpose <perm = [0, 2, 1, 3]> (k_4d)
@@ -155,36 +212,9 @@ SINK_ATTENTION = Op(
         v_4d = Reshape (v, kv_shape)
         new_value = Transpose <perm = [0, 2, 1, 3]> (v_4d)
         present_value = Concat <axis = 2> (past_value, new_value)
-
-        D = Shape <start = 3, end = 4> (past_key)
-        q_shape = Concat <axis = 0> (B_S, kv, minus_one, D)
-        q_5d = Reshape (q, q_shape)
-        Q = Transpose <perm = [0, 2, 3, 1, 4]> (q_5d)
-        K = Unsqueeze (present_key, two)
-        V = Unsqueeze (present_value, two)
-        K_t = Transpose <perm = [0, 1, 2, 4, 3]> (K)
-        products = MatMul (Q, K_t)
-        factor = Constant <value_float: float = @scale> ()
-        scores = Mul (products, factor)
-
-        bias_4d = com.gptoss.PositionBias <window: int = @window> (query_positions, key_positions)
-        bias = Unsqueeze (bias_4d, one)
-        logits = Add (scores, bias)
-
-        sinks_float = Cast <to = 1> (sinks)
-        sink_kv_shape = Concat <axis = 0> (one, kv, minus_one, one, one)
-        sink_5d = Reshape (sinks_float, sink_kv_shape)
-        rows = Shape <start = 0, end = 4> (logits)
-        column_shape = Concat <axis = 0> (rows, one)
-        sink_column = Expand (sink_5d, column_shape)
-        with_sink = Concat <axis = -1> (logits, sink_column)
-        with_sink_p = Softmax <axis = -1> (with_sink)
-        last_axis = Constant <value_ints = [-1]> ()
-        p = Slice (with_sink_p, zero, minus_one, last_axis)
-        heads = MatMul (p, V)
-        heads_last = Transpose <perm = [0, 3, 1, 2, 4]> (heads)
-        out_shape = Concat <axis = 0> (B_S, minus_one)
-        attention = Reshape (heads_last, out_shape)
+        attention = com.gptoss.AttendWithSinks <
+            num_heads: int = @num_heads, kv_heads: int = @kv_heads, scale: float = @scale, window: int = @window
+        > (q, present_key, present_value, sinks, query_positions, key_positions)
     }""",
-    calls=("PositionBias",),
+    calls=("AttendWithSinks",),
 )

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from gptoss_export.engines.ort.library import kernel_library
 from gptoss_export.exporter.checkpoint.mxfp4 import decode
 from gptoss_export.exporter.ops import DOMAIN, OPS, OPSET, VERSION, Op, with_calls
 from gptoss_export.exporter.ops.sink_attention import MASKED
@@ -28,7 +29,7 @@ TYPES = {
 def model_of(op: Op, inputs: dict[str, np.ndarray], attributes: dict[str, Any]) -> onnx.ModelProto:
     """A model that is one node of `op`. bfloat16 operands are initializers: numpy feeds cannot carry them."""
     values = list(inputs.items())
-    ranks = {"SinkAttention": (3, 4, 4), "PositionBias": (4,)}.get(
+    ranks = {"SinkAttention": (3, 4, 4), "SharedSinkAttention": (3, 4, 4), "PositionBias": (4,)}.get(
         op.name, (values[0][1].ndim,) * len(op.schema.outputs)
     )
     node = helper.make_node(op.name, list(inputs), [o.name for o in op.schema.outputs], domain=DOMAIN, **attributes)
@@ -274,6 +275,70 @@ def test_attention(window: int, padding: str, new: int, past: int) -> None:
     attributes = {"num_heads": heads, "kv_heads": kv, "scale": 0.25, "window": window}
     expected = attention_float64(operands, heads, kv, 0.25, window)
     assert_close(run_everywhere("SinkAttention", operands, attributes), expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "new", "past", "slots"),
+    [
+        (0, "none", 1, 0, 1),
+        (0, "none", 5, 7, 12),
+        (0, "between", 3, 9, 40),
+        (4, "none", 1, 11, 4),
+        (4, "none", 3, 20, 6),
+        (4, "left", 3, 20, 9),
+        (4, "between", 2, 9, 16),
+        (1, "none", 1, 5, 1),
+    ],
+)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnx", "kernel"])
+def test_attention_on_a_ring(runtime: str, window: int, padding: str, new: int, past: int, slots: int) -> None:
+    """Text index j lies in slot j mod slots; what was overwritten nobody sees any more."""
+    rng = np.random.default_rng(8)
+    B, heads, kv, D = 2, 6, 2, 16
+    mask = np.ones((B, past + new), np.int64)
+    if padding != "none":
+        mask[0, {"left": slice(0, 3), "between": slice(2, 4)}[padding]] = 0
+    positions = np.where(mask == 1, mask.cumsum(-1) - 1, -1)
+    whole = {
+        "q": normal(rng, B, new, heads * D),
+        "k": normal(rng, B, new, kv * D),
+        "v": normal(rng, B, new, kv * D),
+        "past_key": normal(rng, B, kv, past, D),
+        "past_value": normal(rng, B, kv, past, D),
+        "sinks": bf16(rng, heads),
+        "query_positions": positions[:, past:],
+        "key_positions": positions,
+    }
+    attention, keys, values = attention_float64(whole, heads, kv, 0.25, window)
+
+    def ring(text: np.ndarray, length: int) -> np.ndarray:
+        cache = np.zeros((B, kv, slots, D), np.float32)
+        for j in range(length):
+            cache[:, :, j % slots] = text[:, :, j]
+        return cache
+
+    operands = {
+        **{name: whole[name] for name in ("q", "k", "v")},
+        "cache_key": ring(keys, past),
+        "cache_value": ring(values, past),
+        **{name: whole[name] for name in ("sinks", "query_positions", "key_positions")},
+    }
+    attributes = {"num_heads": heads, "kv_heads": kv, "scale": 0.25, "window": window}
+    expected = [attention, ring(keys, past + new), ring(values, past + new)]
+    model = model_of(BY_NAME["SharedSinkAttention"], operands, attributes)
+    feeds = {k: v for k, v in operands.items() if v.dtype != ml_dtypes.bfloat16}
+    if runtime == "onnx":
+        outputs = ReferenceEvaluator(model).run(None, feeds)
+    else:
+        options = ort.SessionOptions()
+        if runtime == "kernel":
+            options.register_custom_ops_library(str(kernel_library()))
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        outputs = session.run(None, feeds)
+    real = positions[:, past:] >= 0
+    np.testing.assert_allclose(outputs[0][real], expected[0][real], rtol=0, atol=2e-6)
+    for actual, wanted in zip(outputs[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(actual, wanted.astype(np.float32))
 
 
 def test_position_bias() -> None:
