@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import click
 from click.core import ParameterSource
 
-from gptoss_export.exporter.commands import artifact, generate, synth
+from gptoss_export.exporter.commands import artifact, bench, generate, synth
 from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.settings import (
     Settings,
@@ -172,7 +172,7 @@ def cli(
     require_pass(results)
 
 
-for _command in (artifact.targets, artifact.inspect, artifact.validate, generate.generate, synth.synth):
+for _command in (artifact.targets, artifact.inspect, artifact.validate, generate.generate, bench.bench, synth.synth):
     cli.add_command(_command)
 
 
