@@ -4,8 +4,8 @@ Text index j, counted over all T = P + S positions of a batch's rows, padding in
 a slot for every index never wraps; a layer with a window needs only window + S - 1 slots, however long the text. What
 lies in a slot follows from T and C alone, so the op has no more inputs than SinkAttention.
 
-The caller sees to it that no key is overwritten that a query still sees: C >= T, or C >= S + window - 1 where no padding
-lies between real tokens.
+The caller sees to it that no key is overwritten that a query still sees: C >= T, or C >= S + window - 1 where no
+padding lies between real tokens.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ namespace gptoss {
 namespace {
 
 constexpr int kFloatTokenBlock = 96;
-constexpr int64_t kFloatAhead = 512;  // bytes of each row that are asked for before they are needed
 
 template <class V>
 struct FloatPanel {
@@ -39,8 +38,7 @@ void bf16_stream(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const
                  int64_t ldy) {
   using Float = typename V::Float;
   for (int64_t r = begin; r < end; r += V::kLanes) {
-    const int64_t start = panel_start<V>(r, end);
-    const PanelRows<V> rows(w, 2 * k, start);
+    const PanelRows<V> rows(w, 2 * k, r, end);
     Float sum[M];
     for (int m = 0; m < M; ++m) sum[m] = V::zero();
     for (int64_t chunk = 0; chunk < k; chunk += kBf16Chunk) {
@@ -48,7 +46,7 @@ void bf16_stream(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const
       Float part[M];
       for (int m = 0; m < M; ++m) part[m] = V::zero();
       for (int64_t i = chunk; i < stop; i += kBf16Step) {
-        rows.prefetch(2 * i, kFloatAhead);
+        rows.template prefetch<2 * kBf16Step>(2 * i);
         Float v[kBf16Step];
         load_bf16<V>(rows, i, v);
         for (int j = 0; j < kBf16Step; ++j)
@@ -56,7 +54,7 @@ void bf16_stream(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const
       }
       for (int m = 0; m < M; ++m) sum[m] = V::add(sum[m], part[m]);
     }
-    for (int m = 0; m < M; ++m) store_rows<V>(y + m * ldy, start, r, end, sum[m], 1);
+    for (int m = 0; m < M; ++m) store_rows<V>(y + m * ldy, rows.start(), r, end, sum[m], 1);
   }
 }
 
@@ -64,7 +62,7 @@ void bf16_stream(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const
 template <class V>
 void expand_bf16(const PanelRows<V>& rows, int64_t first, int count, int column, FloatPanel<V>& panel) {
   for (int i = 0; i < count; i += kBf16Step) {
-    rows.prefetch(2 * (first + i), kFloatAhead);
+    rows.template prefetch<2 * kBf16Step>(2 * (first + i));
     typename V::Float v[kBf16Step];
     load_bf16<V>(rows, first + i, v);
     for (int j = 0; j < kBf16Step; ++j) V::store(&panel.weights[i + j][column * V::kLanes], v[j]);
@@ -111,25 +109,26 @@ void float_last_tile(int64_t tokens, const FloatPanel<V>& panel, int count, cons
 template <class V>
 void bf16_panels(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t tokens,
                  float* y, int64_t ldy, FloatPanel<V>& panel) {
-  constexpr int kLanes = V::kLanes;
-  for (int64_t r = begin; r < end; r += FloatPanel<V>::kRows) {
+  constexpr int kRows = FloatPanel<V>::kRows;
+  const auto column_rows = [&](int64_t r, int column) {
+    return PanelRows<V>(w, 2 * k, r + column * V::kLanes, end, kRows);
+  };
+  for (int64_t r = begin; r < end; r += kRows) {
     std::memset(panel.sums, 0, static_cast<size_t>(tokens) * sizeof panel.sums[0]);
     for (int64_t first = 0; first < k; first += kBf16Chunk) {
       const int count = static_cast<int>(k - first < kBf16Chunk ? k - first : kBf16Chunk);
       for (int column = 0; column < V::kColumns; ++column)
-        expand_bf16<V>(PanelRows<V>(w, 2 * k, panel_start<V>(r + column * kLanes, end)), first, count, column, panel);
+        expand_bf16<V>(column_rows(r, column), first, count, column, panel);
       const float* from = x + first;
       int64_t t = 0;
       for (; t + V::kFloatTokens <= tokens; t += V::kFloatTokens, from += V::kFloatTokens * ldx)
         float_tile<V, V::kFloatTokens>(panel, count, from, ldx, panel.sums + t);
       float_last_tile<V, V::kFloatTokens - 1>(tokens - t, panel, count, from, ldx, panel.sums + t);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int column = 0; column < V::kColumns && r + column * kLanes < end; ++column) {
-        const int64_t first = r + column * kLanes;
-        store_rows<V>(y + t * ldy, panel_start<V>(first, end), first, end,
-                      V::load(panel.sums[t] + column * kLanes), 1);
-      }
+    for (int column = 0; column < V::kColumns && r + column * V::kLanes < end; ++column) {
+      const int64_t first = r + column * V::kLanes, start = column_rows(r, column).start();
+      for (int64_t t = 0; t < tokens; ++t)
+        store_rows<V>(y + t * ldy, start, first, end, V::load(panel.sums[t] + column * V::kLanes), 1);
     }
   }
 }

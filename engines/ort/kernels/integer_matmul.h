@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kChunkGroups = 16;  // groups of a panel in scratch at a time
 constexpr int kTokenBlock = 96;   // tokens whose activations stay in the second-level cache
-constexpr int64_t kPanelAhead = 256;  // bytes of each row that are asked for before they are needed
 
 template <class V>
 struct IntegerPanel {
@@ -27,10 +26,12 @@ struct IntegerPanel {
 template <class V, class Format>
 void expand_integers(const PanelRows<V>& rows, const PanelRows<V>& scale_rows, int64_t group, int count, int column,
                      IntegerPanel<V>& panel) {
-  for (int first = 0; first < count; first += Format::kScaleGroups)
+  for (int first = 0; first < count; first += Format::kScaleGroups) {
+    scale_rows.template prefetch<Format::kScaleGroups * Format::kScaleBytes>((group + first) * Format::kScaleBytes);
     Format::load_scales(scale_rows, group + first, &panel.scales[first][column * V::kLanes], IntegerPanel<V>::kRows);
+  }
   for (int g = 0; g < count; ++g) {
-    rows.prefetch((group + g) * Format::kGroupBytes, kPanelAhead);
+    rows.template prefetch<Format::kGroupBytes>((group + g) * Format::kGroupBytes);
     typename V::Int v[kGroupDwords];
     Format::load(rows, group + g, v);
     for (int i = 0; i < kGroupDwords; ++i)
@@ -116,29 +117,27 @@ void integer_last_tile(int64_t tokens, const IntegerPanel<V>& panel, int count, 
 template <class V, class Format>
 void integer_panels(const Format& w, int64_t begin, int64_t end, const uint8_t* x, size_t token_bytes, int64_t tokens,
                     float* y, int64_t ldy, IntegerPanel<V>& panel) {
-  constexpr int kLanes = V::kLanes;
-  for (int64_t r = begin; r < end; r += IntegerPanel<V>::kRows) {
+  constexpr int kRows = IntegerPanel<V>::kRows;
+  const auto column_rows = [&](const void* matrix, int bytes, int64_t r, int column) {
+    return PanelRows<V>(matrix, w.groups * bytes, r + column * V::kLanes, end, kRows);
+  };
+  for (int64_t r = begin; r < end; r += kRows) {
     std::memset(panel.sums, 0, static_cast<size_t>(tokens) * sizeof panel.sums[0]);
     for (int64_t group = 0; group < w.groups; group += kChunkGroups) {
       const int count = static_cast<int>(w.groups - group < kChunkGroups ? w.groups - group : kChunkGroups);
-      for (int column = 0; column < V::kColumns; ++column) {
-        const int64_t start = panel_start<V>(r + column * kLanes, end);
-        expand_integers<V, Format>(PanelRows<V>(w.weights, w.groups * Format::kGroupBytes, start),
-                                   PanelRows<V>(w.scales, w.groups * Format::kScaleBytes, start), group, count, column,
-                                   panel);
-      }
+      for (int column = 0; column < V::kColumns; ++column)
+        expand_integers<V, Format>(column_rows(w.weights, Format::kGroupBytes, r, column),
+                                   column_rows(w.scales, Format::kScaleBytes, r, column), group, count, column, panel);
       const uint8_t* from = x + static_cast<size_t>(group) * sizeof(ActivationGroup);
       int64_t t = 0;
       for (; t + V::kIntTokens <= tokens; t += V::kIntTokens, from += V::kIntTokens * token_bytes)
         integer_tile<V, Format, V::kIntTokens>(panel, count, from, token_bytes, panel.sums + t);
       integer_last_tile<V, Format, V::kIntTokens - 1>(tokens - t, panel, count, from, token_bytes, panel.sums + t);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int column = 0; column < V::kColumns && r + column * kLanes < end; ++column) {
-        const int64_t first = r + column * kLanes;
-        store_rows<V>(y + t * ldy, panel_start<V>(first, end), first, end,
-                      V::load(panel.sums[t] + column * kLanes), Format::kFactor);
-      }
+    for (int column = 0; column < V::kColumns && r + column * V::kLanes < end; ++column) {
+      const int64_t first = r + column * V::kLanes, start = column_rows(w.weights, 0, r, column).start();
+      for (int64_t t = 0; t < tokens; ++t)
+        store_rows<V>(y + t * ldy, start, first, end, V::load(panel.sums[t] + column * V::kLanes), Format::kFactor);
     }
   }
 }

@@ -6,8 +6,6 @@
 namespace gptoss {
 namespace {
 
-constexpr int64_t kStreamAhead = 512;  // bytes of each row that are asked for before they are needed
-
 // sum[m] += one group of weights v times token m.
 template <class V, class Format, int M>
 inline void stream_group(const typename V::Int (&v)[kGroupDwords], const float* scales, const uint8_t* x,
@@ -59,25 +57,25 @@ template <class V, class Format, int M>
 void integer_stream(const Format& w, int64_t begin, int64_t end, const uint8_t* x, size_t token_bytes, float* y,
                     int64_t ldy) {
   for (int64_t r = begin; r < end; r += V::kLanes) {
-    const int64_t start = panel_start<V>(r, end);
-    const PanelRows<V> rows(w.weights, w.groups * Format::kGroupBytes, start);
-    const PanelRows<V> scale_rows(w.scales, w.groups * Format::kScaleBytes, start);
+    const PanelRows<V> rows(w.weights, w.groups * Format::kGroupBytes, r, end);
+    const PanelRows<V> scale_rows(w.scales, w.groups * Format::kScaleBytes, r, end);
     typename V::Float sum[M];
     for (int m = 0; m < M; ++m) sum[m] = V::zero();
 
     for (int64_t block = 0; block < w.groups; block += Format::kScaleGroups) {
       alignas(64) float scales[Format::kScaleGroups][V::kLanes];
+      scale_rows.template prefetch<Format::kScaleGroups * Format::kScaleBytes>(block * Format::kScaleBytes);
       Format::load_scales(scale_rows, block, scales[0], V::kLanes);
       const int64_t stop = block + Format::kScaleGroups < w.groups ? block + Format::kScaleGroups : w.groups;
       for (int64_t group = block; group < stop; ++group) {
-        rows.prefetch(group * Format::kGroupBytes, kStreamAhead);
+        rows.template prefetch<Format::kGroupBytes>(group * Format::kGroupBytes);
         typename V::Int v[kGroupDwords];
         Format::load(rows, group, v);
         stream_group<V, Format, M>(v, scales[group - block], x + static_cast<size_t>(group) * sizeof(ActivationGroup),
                                    token_bytes, sum);
       }
     }
-    for (int m = 0; m < M; ++m) store_rows<V>(y + m * ldy, start, r, end, sum[m], Format::kFactor);
+    for (int m = 0; m < M; ++m) store_rows<V>(y + m * ldy, rows.start(), r, end, sum[m], Format::kFactor);
   }
 }
 

@@ -9,10 +9,15 @@ namespace {
 template <class V>
 class PanelRows {
  public:
-  PanelRows(const void* matrix, int64_t row_bytes, int64_t row)
-      : first_(static_cast<const uint8_t*>(matrix) + row * row_bytes), row_bytes_(row_bytes) {}
+  // The panel that holds row r: it starts there, or so that it ends with the last row. Needs end >= kLanes. `ahead` rows
+  // further on is what `prefetch` asks for.
+  PanelRows(const void* matrix, int64_t row_bytes, int64_t r, int64_t end, int64_t ahead = V::kLanes)
+      : start_(r + V::kLanes <= end ? r : end - V::kLanes),
+        first_(static_cast<const uint8_t*>(matrix) + start_ * row_bytes),
+        row_bytes_(row_bytes),
+        ahead_(r + ahead < end ? ahead * row_bytes : -1) {}
 
-  int64_t row_bytes() const { return row_bytes_; }
+  int64_t start() const { return start_; }
 
   // v[j] = dword j of the 16 bytes at byte `offset` of every row.
   void load(int64_t offset, typename V::Int (&v)[4]) const {
@@ -44,48 +49,33 @@ class PanelRows {
     }
   }
 
-  // Asks for the 64 bytes of each row that are read `ahead` bytes after `offset`, which may be in the next panel.
-  void prefetch(int64_t offset, int64_t ahead) const {
-    if (offset % 64 != 0) return;
-    int64_t from = offset + ahead;
-    if (from >= row_bytes_) from += (V::kLanes - 1) * row_bytes_;
-    for (int i = 0; i < V::kLanes; ++i) __builtin_prefetch(first_ + i * row_bytes_ + from);
+  // To be called with every kBytes of the rows: asks for as large a slice of the panel ahead, whose rows follow each other in
+  // memory. What is asked for is then one linear walk, which the hardware's own prefetching joins.
+  template <int kBytes>
+  void prefetch(int64_t offset) const {
+    if (ahead_ < 0) return;
+    const uint8_t* from = first_ + ahead_ + offset * V::kLanes;
+    for (int i = 0; i < kBytes * V::kLanes; i += 64) __builtin_prefetch(from + i);
   }
 
  private:
+  int64_t start_;
   const uint8_t* first_;
   int64_t row_bytes_;
+  int64_t ahead_;  // bytes, or -1 where nothing follows
 };
 
-// The addresses of rows 0 .. 3 and their strides, hidden from the compiler, which would else carry the address of every row
-// through the loop in memory.
-struct FourRows {
-  const uint8_t* row;
-  int64_t stride, twice, thrice;
-
-  FourRows(const uint8_t* row, int64_t stride) : row(row), stride(stride), twice(2 * stride), thrice(3 * stride) {
-    asm("" : "+r"(this->row), "+r"(twice), "+r"(thrice));
-  }
-  const uint8_t* at(int i) const { return i == 0 ? row : i == 1 ? row + stride : i == 2 ? row + twice : row + thrice; }
-};
-
-// The panel that holds row r: it starts there, or so that it ends with the last row. Needs end >= kLanes.
+// y[i] = sums[i] * factor for rows [r, end) of the panel that starts at row `start`.
 template <class V>
-inline int64_t panel_start(int64_t r, int64_t end) {
-  return r + V::kLanes <= end ? r : end - V::kLanes;
-}
-
-// y[i] = sums[i] * factor for rows [r, end) of the panel that starts at row `first`.
-template <class V>
-inline void store_rows(float* y, int64_t first, int64_t r, int64_t end, typename V::Float sums, float factor) {
+inline void store_rows(float* y, int64_t start, int64_t r, int64_t end, typename V::Float sums, float factor) {
   sums = V::mul(sums, V::broadcast(factor));
-  if (first == r) {
-    V::store_unaligned(y + first, sums);
+  if (start == r) {
+    V::store_unaligned(y + r, sums);
     return;
   }
   alignas(64) float lanes[V::kLanes];
   V::store(lanes, sums);
-  for (; r < end; ++r) y[r] = lanes[r - first];
+  for (; r < end; ++r) y[r] = lanes[r - start];
 }
 
 }  // namespace

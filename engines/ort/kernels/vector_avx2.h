@@ -23,9 +23,18 @@ struct Avx2 {
   static void store_int(void* p, Int v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
   // v[j] half h = the 16 bytes at the start of row 4 h + j.
   static void load_rows16(const uint8_t* first, int64_t stride, Int (&v)[4]) {
-    const FourRows rows[2] = {{first, stride}, {first + 4 * stride, stride}};
+    const uint8_t *h0 = first, *h1 = h0 + 4 * stride;
+    int64_t twice = 2 * stride, thrice = 3 * stride;
+    // Hidden from the compiler, which would else carry the address of every row through the loop, in memory.
+    asm("" : "+r"(h0), "+r"(h1), "+r"(twice), "+r"(thrice));
+    v[0] = halves(h0, h1);
+    v[1] = halves(h0 + stride, h1 + stride);
+    v[2] = halves(h0 + twice, h1 + twice);
+    v[3] = halves(h0 + thrice, h1 + thrice);
+  }
+  static Int halves(const uint8_t* a, const uint8_t* b) {
     const auto load16 = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-    for (int j = 0; j < 4; ++j) v[j] = _mm256_set_m128i(load16(rows[1].at(j)), load16(rows[0].at(j)));
+    return _mm256_set_m128i(load16(b), load16(a));
   }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int bit_and(Int a, Int b) { return _mm256_and_si256(a, b); }

@@ -23,15 +23,19 @@ struct Avx512 {
   static void store_int(void* p, Int v) { _mm512_store_si512(p, v); }
   // v[j] quarter q = the 16 bytes at the start of row 4 q + j.
   static void load_rows16(const uint8_t* first, int64_t stride, Int (&v)[4]) {
-    const FourRows rows[4] = {{first, stride}, {first + 4 * stride, stride}, {first + 8 * stride, stride},
-                              {first + 12 * stride, stride}};
+    const uint8_t *q0 = first, *q1 = q0 + 4 * stride, *q2 = q1 + 4 * stride, *q3 = q2 + 4 * stride;
+    int64_t twice = 2 * stride, thrice = 3 * stride;
+    // Hidden from the compiler, which would else carry the address of every row through the loop, in memory.
+    asm("" : "+r"(q0), "+r"(q1), "+r"(q2), "+r"(q3), "+r"(twice), "+r"(thrice));
+    v[0] = quarters(q0, q1, q2, q3);
+    v[1] = quarters(q0 + stride, q1 + stride, q2 + stride, q3 + stride);
+    v[2] = quarters(q0 + twice, q1 + twice, q2 + twice, q3 + twice);
+    v[3] = quarters(q0 + thrice, q1 + thrice, q2 + thrice, q3 + thrice);
+  }
+  static Int quarters(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     const auto load16 = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-    for (int j = 0; j < 4; ++j) {
-      v[j] = _mm512_castsi128_si512(load16(rows[0].at(j)));
-      v[j] = _mm512_inserti32x4(v[j], load16(rows[1].at(j)), 1);
-      v[j] = _mm512_inserti32x4(v[j], load16(rows[2].at(j)), 2);
-      v[j] = _mm512_inserti32x4(v[j], load16(rows[3].at(j)), 3);
-    }
+    const Int ab = _mm512_inserti32x4(_mm512_castsi128_si512(load16(a)), load16(b), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(ab, load16(c), 2), load16(d), 3);
   }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
