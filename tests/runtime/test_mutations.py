@@ -10,10 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from gptoss_export.engines.ort import build
+from gptoss_export.engines.ort.run import open_ort_runner
+from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
-from gptoss_export.validators.gates import GATES
+from gptoss_export.validators.gates import GATES, Gates
 from gptoss_export.validators.parity import validate
 from gptoss_export.validators.probes import default_probes
 from gptoss_export.validators.reference import Reference, run_reference
@@ -94,6 +97,18 @@ def reference(tiny: Checkpoint) -> Reference:
     return run_reference(tiny, default_probes(tiny, "quick"))
 
 
+def judge_folder(runner: Runner, reference: Reference, target: str, gates: Gates) -> ParityReport:
+    return validate(
+        runner,
+        reference,
+        target=target,
+        effort="quick",
+        gates=gates,
+        binding=Binding({}, {}),
+        engine_description=Engine("onnxruntime", "", "CPUExecutionProvider"),
+    )
+
+
 @pytest.fixture
 def judged(
     tiny: Checkpoint, tiny_graph: ir.Model, reference: Reference, tmp_path: Path
@@ -102,17 +117,8 @@ def judged(
         (tmp_path / "weights").mkdir()
         for file in tiny.weight_files:
             (tmp_path / "weights" / file.name).write_bytes(file.read_bytes())
-        mutated = mutate(tiny_graph.clone(), tiny, tmp_path)
-        TARGETS[target].build(mutated, tiny, tmp_path, "weights")
-        return validate(
-            TARGETS[target].open_runner(tmp_path, 1),
-            reference,
-            target=target,
-            effort="quick",
-            gates=GATES[target],
-            binding=Binding({}, {}),
-            engine_description=Engine("onnxruntime", "", "CPUExecutionProvider"),
-        )
+        TARGETS[target].build(mutate(tiny_graph.clone(), tiny, tmp_path), tiny, tmp_path, "weights")
+        return judge_folder(TARGETS[target].open_runner(tmp_path, 1), reference, target, GATES[target])
 
     return run
 
@@ -132,4 +138,17 @@ def test_a_mutation_fails(target: str, mutation: Mutation, judged: Callable[[str
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_the_truth_passes(target: str, judged: Callable[[str, Mutation], ParityReport]) -> None:
     report = judged(target, truth)
+    assert report.verdict.passed, report.verdict.failures
+
+
+def test_without_our_kernels_ort_cpu_keeps_the_exact_gates(
+    judged: Callable[[str, Mutation], ParityReport],
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "kernels_work", lambda: "not in this test")
+    judged("ort-cpu", truth)
+    runner = open_ort_runner(tmp_path, "CPUExecutionProvider", 1, kernels=False)
+    report = judge_folder(runner, reference, "ort-cpu", GATES["onnx"])
     assert report.verdict.passed, report.verdict.failures
