@@ -90,7 +90,7 @@ def run(runner: object, reference: Reference, effort: str = "quick") -> ParityRe
         reference,
         target="ort-cpu",
         effort=effort,
-        gates=GATES["ort-cpu"],
+        gates=GATES["onnx"],
         binding=BINDING,
         engine_description=ENGINE,
     )

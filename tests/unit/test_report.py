@@ -63,8 +63,8 @@ def make_report(**decode: Any) -> ParityReport:
         sliding_window=16,
         probes=(ProbeRecord("plain-1", 1, "a" * 64), ProbeRecord("chat-41", 41, "b" * 64)),
         scenarios=tuple(ScenarioResult(name, 3, m) for name, m in metrics.items()),
-        gates=GATES["ort-cpu"],
-        verdict=judge(metrics, GATES["ort-cpu"]),
+        gates=GATES["onnx"],
+        verdict=judge(metrics, GATES["onnx"]),
         binding=Binding({"model.safetensors": "c" * 64}, {"model.onnx": "d" * 64}),
     )
 
