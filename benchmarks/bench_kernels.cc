@@ -102,17 +102,17 @@ class Bench {
     prepare(matrix, kernels_.mxfp4_scratch(matrix.k));
     run(matrix, {"mxfp4", row, [&](int64_t copy, int64_t begin, int64_t end, int64_t tokens, float* y, void* scratch) {
                    const uint8_t* w = weights_ + copy * matrix.rows * row;
-                   kernels_.mxfp4(w, w + blocks, matrix.k, begin, end, quantized_, tokens, y, matrix.rows, scratch);
+                   kernels_.mxfp4({w, w + blocks}, nullptr, matrix.k, begin, end, quantized_, tokens, y, matrix.rows, scratch);
                  }});
   }
 
   void int8(const Matrix& matrix) {
-    const int64_t groups = matrix.k / 32, row = matrix.k + groups * 4;
+    const int64_t groups = matrix.k / 32, row = matrix.k + groups * 2;
     prepare(matrix, kernels_.int8_scratch(matrix.k));
     run(matrix, {"int8", row, [&](int64_t copy, int64_t begin, int64_t end, int64_t tokens, float* y, void* scratch) {
                    const uint8_t* w = weights_ + copy * matrix.rows * row;
                    kernels_.int8(reinterpret_cast<const int8_t*>(w),
-                                 reinterpret_cast<const float*>(w + matrix.rows * matrix.k), matrix.k, begin, end,
+                                 reinterpret_cast<const uint16_t*>(w + matrix.rows * matrix.k), matrix.k, begin, end,
                                  quantized_, tokens, y, matrix.rows, scratch);
                  }});
   }

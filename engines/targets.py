@@ -23,6 +23,8 @@ class Target:
     build: canonical graph, checkpoint, artifact folder and the weights' folder relative to it -> writes model.onnx.
     open_runner: artifact folder, number of threads (None: all cores) -> a runner of the artifact as it lies on disk.
     requires: what has to be importable for either.
+    own_bytes: how much the build writes of weights, beside the checkpoint's own files.
+    kernels: finds the installed library of its kernels, or raises TargetUnavailableError; None if it uses none.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Target:
     requires: tuple[str, ...]
     build: Callable[[ir.Model, Checkpoint, Path, str], BuildInfo]
     open_runner: Callable[[Path, int | None], Runner]
+    own_bytes: Callable[[Checkpoint], int] = lambda _: 0
+    kernels: Callable[[], Path] | None = None
 
     def check_available(self) -> None:
         """Raises TargetUnavailableError when this host lacks something, without importing it."""
@@ -43,6 +47,21 @@ class Target:
                 f"pip install {' '.join(missing)}",
             )
 
+    def kernel_library(self) -> Path:
+        """What `bundle_kernels` copies. Raises TargetUnavailableError where there is nothing."""
+        if self.kernels is None:
+            raise TargetUnavailableError(
+                f"target {self.name} runs without kernels of ours, so --bundle-kernels has nothing to bundle",
+                f"leave --bundle-kernels out, or export {self.name} by a command of its own",
+            )
+        return self.kernels()
+
+    def bundle_kernels(self, folder: Path) -> str:
+        """Puts the kernels into an artifact that was built, and says so in a few words for its manifest."""
+        from gptoss_export.engines.ort.bundle import bundle_kernels
+
+        return bundle_kernels(self.kernel_library(), folder)
+
 
 def _build_onnx(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
     from gptoss_export.engines.ort.build import build_onnx
@@ -54,6 +73,24 @@ def _build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weight
     from gptoss_export.engines.ort.build import build_ort_cpu
 
     return build_ort_cpu(graph, checkpoint, folder, weights_dir)
+
+
+def _build_ort_cpu_int8(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
+    from gptoss_export.engines.ort.build import build_ort_cpu_int8
+
+    return build_ort_cpu_int8(graph, checkpoint, folder, weights_dir)
+
+
+def _int8_bytes(checkpoint: Checkpoint) -> int:
+    from gptoss_export.engines.ort.build import int8_bytes
+
+    return int8_bytes(checkpoint)
+
+
+def _ort_kernels() -> Path:
+    from gptoss_export.engines.ort.library import require_kernels
+
+    return require_kernels()
 
 
 def _open_onnx(folder: Path, threads: int | None = None) -> Runner:
@@ -86,6 +123,17 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu,
             open_runner=_open_ort_cpu,
+            kernels=_ort_kernels,
+        ),
+        Target(
+            name="ort-cpu-int8",
+            summary="as ort-cpu, with attention projections and lm_head in int8, 32 weights a scale",
+            engine="onnxruntime",
+            requires=("onnx", "onnxruntime"),
+            build=_build_ort_cpu_int8,
+            open_runner=_open_ort_cpu,
+            own_bytes=_int8_bytes,
+            kernels=_ort_kernels,
         ),
     )
 }

@@ -95,6 +95,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     show_default=True,
     help="How thoroughly to compare the artifact with PyTorch.",
 )
+@click.option("--bundle-kernels", is_flag=True, help="Put the library with our kernels into the artifact.")
 @click.option("--force", is_flag=True, help="Replace an artifact that is in --output.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, with sizes, and stop.")
 @threads_option
@@ -121,6 +122,7 @@ def cli(
     output: Path | None,
     weights: str,
     parity: str,
+    bundle_kernels: bool,
     force: bool,
     dry_run: bool,
     threads: int | None,
@@ -151,6 +153,7 @@ def cli(
         parity=cast("Parity", parity),
         force=force,
         threads=threads,
+        bundle_kernels=bundle_kernels,
     )
     settings = ctx.ensure_object(Settings)
     if dry_run:

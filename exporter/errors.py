@@ -18,6 +18,7 @@
     |   +-- WrongShapeError           26
     |   +-- InvalidScaleError         27  an MXFP4 scale of 255, which is NaN
     |   +-- AbsurdSizeError           28  sizes no gpt-oss has
+    |   +-- NonFiniteWeightError      29  an infinite or NaN weight that was to be quantised
     +-- BuildError
     |   +-- TargetUnavailableError    30  this host lacks what the target needs
     |   +-- GraphError                31  tracing, assembling or checking the graph failed
@@ -123,6 +124,10 @@ class InvalidScaleError(CheckpointError):
 
 class AbsurdSizeError(CheckpointError):
     exit_code = 28
+
+
+class NonFiniteWeightError(CheckpointError):
+    exit_code = 29
 
 
 class BuildError(GptossExportError):

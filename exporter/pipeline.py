@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -240,7 +240,10 @@ def _build(
 
     with progress.task(f"build {name}"):
         weights_dir = "" if plan.weights_dir == "." else plan.weights_dir
-        return TARGETS[name].build(graph, checkpoint, folder, weights_dir)
+        info = TARGETS[name].build(graph, checkpoint, folder, weights_dir)
+        if not plan.request.bundle_kernels:
+            return info
+        return replace(info, notes=(*info.notes, TARGETS[name].bundle_kernels(folder)))
 
 
 def _reference(checkpoint: Checkpoint, effort: Effort, progress: Progress) -> Reference:

@@ -26,7 +26,10 @@ _GRAPH_BYTES = 32 << 20  # graph, manifest and report; 1 to 3 MB in practice
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core."""
+    """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core.
+
+    bundle_kernels: whether the artifacts carry the library with the kernels that they run on.
+    """
 
     model: str
     output: Path
@@ -36,6 +39,7 @@ class ExportRequest:
     parity: Parity = "quick"
     force: bool = False
     threads: int | None = None
+    bundle_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ def make_plan(request: ExportRequest) -> Plan:
     from gptoss_export.exporter.checkpoint.hub import resolve_model
     from gptoss_export.exporter.checkpoint.open import open_checkpoint
 
-    for target in request.targets:
-        TARGETS[target].check_available()
+    targets = [TARGETS[name] for name in request.targets]
+    for target in targets:
+        target.check_available()
+    libraries = [target.kernel_library() for target in targets] if request.bundle_kernels else []
     checkpoint = open_checkpoint(resolve_model(request.model, request.revision))
     files = checkpoint_files(checkpoint)
     output = request.output
@@ -93,6 +99,8 @@ def make_plan(request: ExportRequest) -> Plan:
     copied = (side_bytes + _GRAPH_BYTES) * len(request.targets)
     if request.weights is WeightsMode.COPY:
         copied += sum(path.stat().st_size for path in files.values()) * len(request.targets)
+    own = {target.name: target.own_bytes(checkpoint) for target in targets}
+    copied += sum(own.values()) + sum(library.stat().st_size for library in libraries)
     parent = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     plan = Plan(
         request=request,
@@ -102,7 +110,7 @@ def make_plan(request: ExportRequest) -> Plan:
         checkpoint_files=files,
         copied_bytes=copied,
         free_bytes=shutil.disk_usage(parent).free,
-        steps=_steps(request, checkpoint, weights_dir),
+        steps=_steps(request, checkpoint, weights_dir, own),
     )
     _check_space(plan, parent)
     return plan
@@ -138,7 +146,8 @@ def _check_space(plan: Plan, parent: Path) -> None:
     )
 
 
-def _steps(request: ExportRequest, checkpoint: Checkpoint, weights_dir: str) -> tuple[str, ...]:
+def _steps(request: ExportRequest, checkpoint: Checkpoint, weights_dir: str, own: Mapping[str, int]) -> tuple[str, ...]:
+    """own: bytes of weights that each target writes beside the checkpoint's files."""
     config = checkpoint.config
     nbytes = format_bytes(checkpoint.nbytes)
     shards = f"{len(checkpoint.weight_files)} weight file(s), {nbytes}"
@@ -157,7 +166,12 @@ def _steps(request: ExportRequest, checkpoint: Checkpoint, weights_dir: str) -> 
         f"{config.num_experts} experts, vocabulary {config.vocab_size})",
         place,
         "check every MXFP4 scale; trace one layer of each kind; assemble and simplify the graph",
-        *(f"build {target} and load it" for target in request.targets),
+        *(_build_step(target, own[target], request.bundle_kernels) for target in request.targets),
         parity,
         "write the manifest; rename the finished folder into place",
     )
+
+
+def _build_step(target: str, own: int, bundle_kernels: bool) -> str:
+    weights = f", with {format_bytes(own)} of weights in a form of its own," if own else ""
+    return f"build {target}{weights} and load it" + ("; add its kernel library" if bundle_kernels else "")

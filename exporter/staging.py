@@ -92,6 +92,7 @@ def staging_in_place(output: Path, *, force: bool = False, protect: Sequence[Pat
         raise OutputExistsError(f"{output} already holds an artifact", "give --force to replace it")
     folder = output / f".gptoss-export.partial-{secrets.token_hex(4)}"
     moved: list[Path] = []
+    made: list[Path] = []
     try:
         folder.mkdir()
         yield folder
@@ -99,13 +100,16 @@ def staging_in_place(output: Path, *, force: bool = False, protect: Sequence[Pat
         moves = list(_moves(folder, output, force, {path.resolve() for path in protect}))
         (output / MANIFEST_NAME).unlink(missing_ok=True)
         for source, target in moves:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            made += _make_parents(target.parent)
             source.replace(target)
             moved.append(target)
         _sync_folder(output)
     except BaseException:
         for target in moved:
             target.unlink(missing_ok=True)
+        for parent in reversed(made):
+            with suppress(OSError):
+                parent.rmdir()
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -96,7 +96,7 @@ def place_weights(
         for job in jobs:
             for sink in job.sinks:
                 if cancel is None or not cancel.is_set():
-                    with _disk_errors(job.name):
+                    with disk_errors(job.name):
                         os.fsync(sink)
     return records
 
@@ -180,7 +180,7 @@ def _open_job(stack: ExitStack, name: str, path: Path) -> _Job:
 
 def _open_sink(stack: ExitStack, job: _Job, target: Path) -> None:
     """Makes `target` a clone of the source, or a preallocated file that the pump still has to fill."""
-    with _disk_errors(job.name):
+    with disk_errors(job.name):
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         stack.callback(os.close, fd)
         try:
@@ -238,9 +238,9 @@ def _pump(
             job, buffer, nbytes = item
             if not failures:
                 try:
-                    with _disk_errors(job.name):
+                    with disk_errors(job.name):
                         for sink in job.sinks:
-                            _write_all(sink, buffer[:nbytes], offset)
+                            write_all(sink, buffer[:nbytes], offset)
                 except BaseException as error:
                     failures.append(error)
             offset = offset + nbytes if nbytes else 0
@@ -270,7 +270,8 @@ def _pump(
     return records
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Writes bytes at an offset, and begins to write them back."""
     start = offset
     while data:
         written = os.pwrite(fd, data, offset)
@@ -290,7 +291,7 @@ def _check_unchanged(job: _Job, record: FileRecord | None) -> None:
 
 
 @contextmanager
-def _disk_errors(name: str) -> Iterator[None]:
+def disk_errors(name: str) -> Iterator[None]:
     """A full disk or an exhausted quota becomes an error with a next step; everything else passes."""
     try:
         yield

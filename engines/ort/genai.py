@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from gptoss_export.exporter.checkpoint.config import ModelConfig
@@ -53,6 +54,10 @@ def write_genai_config(config: ModelConfig, model_file: str, folder: Path, *, sh
         "num_beams": 1,
         "past_present_share_buffer": shared_cache,
     }
-    text = json.dumps({"model": model, "search": search}, indent=2, sort_keys=True)
-    (folder / GENAI_FILE).write_text(f"{text}\n", encoding="utf-8")
+    (folder / GENAI_FILE).write_text(genai_json({"model": model, "search": search}), encoding="utf-8")
     return f"{GENAI_FILE}: onnxruntime-genai runs this folder"
+
+
+def genai_json(config: Mapping[str, object]) -> str:
+    """The file's text: the same for the same content."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -10,6 +10,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from gptoss_export.exporter.errors import TargetUnavailableError
+
 LIBRARY_FILE = "libgptoss_ort_ops.so"
 
 
@@ -40,3 +42,14 @@ def kernels_work() -> str | None:
     except Exception as error:  # onnxruntime raises its own unexported types
         return f"onnxruntime {ort.__version__} refuses the kernel library: {str(error).splitlines()[0]}"
     return None
+
+
+def require_kernels() -> Path:
+    """The library's file. Raises TargetUnavailableError where there is none that this onnxruntime takes."""
+    library, why_not = kernel_library(), kernels_work()
+    if library is None or why_not is not None:
+        raise TargetUnavailableError(
+            f"--bundle-kernels has no kernels to bundle: {why_not}",
+            "install a C++ compiler and then gptoss-export again, or leave --bundle-kernels out",
+        )
+    return library

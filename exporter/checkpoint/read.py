@@ -30,6 +30,13 @@ def read_tensor(ref: TensorRef) -> NDArray[Any]:
     return _map(ref, ref.offset, ref.nbytes, DTYPES[ref.dtype]).reshape(ref.shape)
 
 
+def read_rows(ref: TensorRef, start: int, stop: int) -> NDArray[Any]:
+    """Maps the rows `start` to `stop` of the first dimension, [stop - start, ...]; the rest is as for `read_tensor`."""
+    row = ref.nbytes // ref.shape[0]
+    rows = _map(ref, ref.offset + start * row, (stop - start) * row, DTYPES[ref.dtype])
+    return rows.reshape(stop - start, *ref.shape[1:])
+
+
 def check_scales(checkpoint: Checkpoint) -> None:
     """Reads every MXFP4 scale once. Raises InvalidScaleError for a 255, which is NaN in OCP MX v1.0."""
     for ref in checkpoint.tensors.values():

@@ -15,24 +15,26 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def bind(model: ir.Model, tensors: Mapping[str, TensorRef], weights_dir: str) -> None:
-    """Points every initializer without data at the tensor of its name in `weights_dir`/<its file's name>.
+def bind(model: ir.Model, folders: Mapping[str, Mapping[str, TensorRef]]) -> None:
+    """Points every initializer without data at the tensor of its name, in a file of the folder that has it.
 
-    weights_dir is relative to the model's folder, "" for the folder itself. Raises GraphError if a weight of the graph
-    is not in `tensors`, if one in `tensors` is not in the graph, or if type or shape differ.
+    folders: tensors by the folder that their files lie in, relative to the model's, "" for the model's own. Raises
+    GraphError if a weight of the graph is in none of them, if one of theirs is not in the graph, or if type or shape
+    differ.
     """
     import onnx_ir as ir
 
-    types = {"BF16": ir.DataType.BFLOAT16, "U8": ir.DataType.UINT8}
+    types = {"BF16": ir.DataType.BFLOAT16, "U8": ir.DataType.UINT8, "I8": ir.DataType.INT8}
+    places = {name: (folder, tensor) for folder, tensors in folders.items() for name, tensor in tensors.items()}
     weights = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
-    if difference := weights.keys() ^ tensors.keys():
+    if difference := weights.keys() ^ places.keys():
         name = min(difference)
         raise GraphError(
             f"the {'graph' if name in weights else 'checkpoint'} has the weight {name} and the other has not",
             "Report this with config.json; the graph was not traced for this checkpoint.",
         )
     for name, value in weights.items():
-        tensor = tensors[name]
+        folder, tensor = places[name]
         assert value.shape is not None
         if value.dtype != types[tensor.dtype] or tuple(value.shape) != tensor.shape:
             raise GraphError(
@@ -40,7 +42,7 @@ def bind(model: ir.Model, tensors: Mapping[str, TensorRef], weights_dir: str) ->
                 "Report this with config.json; the graph was not traced for this checkpoint.",
             )
         value.const_value = ir.ExternalTensor(
-            f"{weights_dir}/{tensor.file.name}" if weights_dir else tensor.file.name,
+            f"{folder}/{tensor.file.name}" if folder else tensor.file.name,
             tensor.offset,
             tensor.nbytes,
             types[tensor.dtype],

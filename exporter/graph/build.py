@@ -1,7 +1,7 @@
 """From a config to the canonical graph: trace, assemble, simplify. No weight is read or even needed.
 
 graph = build_graph(checkpoint.config, checkpoint.layout)
-bind(graph, checkpoint.tensors, "weights")
+bind(graph, {"weights": checkpoint.tensors})
 onnx_ir.save(graph, "release/model.onnx")
 """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.ops.dialect import DOMAIN, OPSET, VERSION, Op, with_calls
-from gptoss_export.exporter.ops.linear import LINEAR, LINEAR_NO_BIAS
+from gptoss_export.exporter.ops.linear import LINEAR, LINEAR_NO_BIAS, LINEAR_QKV
+from gptoss_export.exporter.ops.linear_int8 import LINEAR_INT8, LINEAR_INT8_NO_BIAS
 from gptoss_export.exporter.ops.moe_experts import MOE_EXPERTS, MOE_EXPERTS_DENSE
 from gptoss_export.exporter.ops.moe_router import MOE_ROUTER
 from gptoss_export.exporter.ops.shared_sink_attention import SHARED_SINK_ATTENTION
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 OPS: tuple[Op, ...] = (
     LINEAR,
     LINEAR_NO_BIAS,
+    LINEAR_QKV,
+    LINEAR_INT8,
+    LINEAR_INT8_NO_BIAS,
     MOE_ROUTER,
     MOE_EXPERTS,
     MOE_EXPERTS_DENSE,

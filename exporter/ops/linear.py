@@ -1,4 +1,4 @@
-"""Linear and LinearNoBias: y = x W^T (+ b), in float32 from weights as the checkpoint stores them.
+"""Linear, LinearNoBias and LinearQKV: y = x W^T (+ b), in float32 from weights as the checkpoint stores them.
 
 The stored type stays inside the op, so that no cast of a weight ever stands in the graph, where a constant folder
 would turn it into a float32 copy of the model.
@@ -67,4 +67,24 @@ LINEAR_NO_BIAS = Op(
         w_t = Transpose <perm = [1, 0]> (w)
         y = MatMul (x, w_t)
     }""",
+)
+
+_PARTS = ("q", "k", "v")
+
+LINEAR_QKV = Op(
+    name="LinearQKV",
+    torch_op=None,
+    schema=make_schema(
+        "LinearQKV",
+        "Three Linear of one x: y = x W^T + b. x [..., K]; weight [N, K], bias [N] -> y [..., N], for q, k and v.",
+        {"x": "tensor(float)"}
+        | {f"{part}_{kind}": "tensor(bfloat16)" for part in _PARTS for kind in ("weight", "bias")},
+        {part: "tensor(float)" for part in _PARTS},
+    ),
+    body="""(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias) => (q, k, v) {
+        q = com.gptoss.Linear (x, q_weight, q_bias)
+        k = com.gptoss.Linear (x, k_weight, k_bias)
+        v = com.gptoss.Linear (x, v_weight, v_bias)
+    }""",
+    calls=("Linear",),
 )

@@ -101,6 +101,55 @@ def test_linear(shape: tuple[int, ...]) -> None:
     assert_close(with_bias, [product + bias.astype(np.float64)])
 
 
+def int8_operands(rng: np.random.Generator, N: int, K: int) -> dict[str, np.ndarray]:
+    """Every int8, scales of seven powers of two and blocks of zeros, with the scale 0 and with another one."""
+    weight = rng.integers(-128, 128, (N, K), dtype=np.int8)
+    scales = (np.ldexp(normal(rng, N, K // 32), rng.integers(-10, -3, (N, K // 32)))).astype(ml_dtypes.bfloat16)
+    weight[0, :32] = weight[-1, -32:] = 0
+    scales[0, 0] = 0
+    return {"weight": weight, "scales": scales, "bias": bf16(rng, N)}
+
+
+def int8_float64(x: np.ndarray, o: dict[str, np.ndarray]) -> np.ndarray:
+    return x.astype(np.float64) @ (o["weight"] * np.repeat(o["scales"].astype(np.float64), 32, axis=1)).T
+
+
+@pytest.mark.parametrize(("tokens", "N", "K"), [((1,), 40, 96), ((5,), 7, 32), ((2, 3), 33, 160), ((0,), 3, 32)])
+def test_linear_int8(tokens: tuple[int, ...], N: int, K: int) -> None:
+    rng = np.random.default_rng(4)
+    x, operands = normal(rng, *tokens, K), int8_operands(rng, N, K)
+    expected = int8_float64(x, operands) + operands["bias"].astype(np.float64)
+    assert_close(run_everywhere("LinearInt8", {"x": x, **operands}, {}), [expected])
+    del operands["bias"]
+    assert_close(run_everywhere("LinearInt8NoBias", {"x": x, **operands}, {}), [int8_float64(x, operands)])
+
+
+@pytest.mark.parametrize("exponent", [-133, -126, 0, 120])
+def test_linear_int8_at_extreme_scales(exponent: int) -> None:
+    """One-hot inputs read the weights out of the body, subnormal ones included: they are exact."""
+    weight = np.arange(-128, 128, dtype=np.int64).reshape(4, 64).astype(np.int8)
+    scales = np.full((4, 2), 2.0**exponent, ml_dtypes.bfloat16)
+    operands = {"x": np.eye(64, dtype=np.float32), "weight": weight, "scales": scales}
+    for who, (y,) in run_everywhere("LinearInt8NoBias", operands, {}).items():
+        assert np.array_equal(y, weight.T * np.float64(2.0**exponent)), who
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+def test_onnxruntime_keeps_float32_when_it_fuses_the_body_of_linear_int8(level: str) -> None:
+    """With constant weights it could take the body for its own int8 products, which round the activations."""
+    rng = np.random.default_rng(6)
+    x, operands = normal(rng, 3, 256), int8_operands(rng, 64, 256)
+    del operands["bias"]
+    model = model_of(BY_NAME["LinearInt8NoBias"], {"x": x, **operands}, {})
+    del model.graph.input[1]
+    model.graph.initializer.append(numpy_helper.from_array(operands["weight"], "weight"))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    expected = int8_float64(x, operands)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (5, 1), (3, 3)])
 def test_router(experts: int, top_k: int) -> None:
     rng = np.random.default_rng(2)

@@ -1,12 +1,17 @@
-"""The kernels' own test program, as it is and with sanitizers."""
+"""The kernels' own test program: as it is, with sanitizers, and for aarch64."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-SOURCES = Path(__file__).parents[2] / "engines" / "ort" / "kernels"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "engines" / "ort" / "kernels"
 BIN = Path(sys.executable).parent
+PACKAGE_MISSING = 77
 
 
 def build(folder: Path, sanitize: str) -> Path:
@@ -36,3 +41,15 @@ def test_the_one_that_is_chosen_under_sanitizers(tmp_path: Path) -> None:
     assert chosen is not None
     if chosen[1] != "scalar":
         run(program, chosen[1])
+
+
+def test_for_aarch64(tmp_path: Path) -> None:
+    """NEON under qemu-user, and the op library as far as the linker."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    script = [ROOT / "benchmarks" / "aarch64_test.sh", tmp_path]
+    done = subprocess.run(["sh", *script], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode == PACKAGE_MISSING:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr[-2000:]
+    passed = re.search(r"neon chosen, (\d+) passed, 0 failed; .* scalar chosen, (\d+) passed, 0 failed", done.stdout)
+    assert passed is not None and int(passed[1]) > int(passed[2]) > 0

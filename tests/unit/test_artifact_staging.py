@@ -249,5 +249,8 @@ def test_in_place_takes_back_what_it_moved(checkpoint: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "replace", fail_at_the_manifest)
     with pytest.raises(OSError, match="no"), staging_in_place(checkpoint) as folder:
         (folder / "model.onnx").write_text("new")
+        (folder / "int8").mkdir()
+        (folder / "int8" / "linear.safetensors").write_text("new")
         (folder / MANIFEST_NAME).write_text("new")
     assert tree(checkpoint) == before
+    assert not (checkpoint / "int8").exists()

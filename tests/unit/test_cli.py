@@ -22,6 +22,7 @@ from gptoss_export.exporter.errors import ConfigError, GptossExportError
 from gptoss_export.exporter.pipeline import ExportRequest, ExportResult
 from gptoss_export.exporter.weights import WeightsMode
 
+FLAGS = {"FORCE": "1", "THREADS": "5", "JSON": "1", "QUIET": "1", "BUNDLE_KERNELS": "1"}
 EXPORT = ["--target", "ort-cpu", "--model", "m", "--output", "out"]
 
 
@@ -88,15 +89,17 @@ def test_module_runs_and_prints_versions() -> None:
 
 def test_command_line(requests: list[ExportRequest]) -> None:
     options = ["--target", "onnx", "--revision", "main", "--weights", "hardlink", "--parity", "full", "--force"]
-    assert cli.main([*EXPORT, *options, "--threads", "2"]) == 0
+    assert cli.main([*EXPORT, *options, "--threads", "2", "--bundle-kernels"]) == 0
     assert requests == [
-        ExportRequest("m", Path("out"), ("ort-cpu", "onnx"), "main", WeightsMode.HARDLINK, "full", True, 2)
+        ExportRequest("m", Path("out"), ("ort-cpu", "onnx"), "main", WeightsMode.HARDLINK, "full", True, 2, True)
     ]
 
 
 def test_defaults(requests: list[ExportRequest]) -> None:
     assert cli.main(EXPORT) == 0
-    assert requests == [ExportRequest("m", Path("out"), ("ort-cpu",), None, WeightsMode.COPY, "quick", False, None)]
+    assert requests == [
+        ExportRequest("m", Path("out"), ("ort-cpu",), None, WeightsMode.COPY, "quick", False, None, False)
+    ]
 
 
 def test_a_target_given_twice_is_built_once(requests: list[ExportRequest]) -> None:
@@ -110,7 +113,7 @@ def test_file_environment_and_command_line(
     config = tmp_path / "export.yaml"
     config.write_text(
         "target: [onnx, ort-cpu]\nmodel: file\noutput: file-out\n"
-        "parity: full\nweights: hardlink\nforce: yes\nthreads: 3\n"
+        "parity: full\nweights: hardlink\nforce: yes\nthreads: 3\nbundle-kernels: yes\n"
     )
     monkeypatch.setenv("GPTOSS_EXPORT_MODEL", "environment")
     monkeypatch.setenv("GPTOSS_EXPORT_PARITY", "quick")
@@ -121,16 +124,19 @@ def test_file_environment_and_command_line(
     assert (line.model, environment.model) == ("line", "environment")
     assert line.targets == ("onnx", "ort-cpu")
     assert (line.output, line.weights, line.parity) == (Path("file-out"), WeightsMode.HARDLINK, "quick")
-    assert (line.force, line.threads) == (True, 3)
+    assert (line.force, line.threads, line.bundle_kernels) == (True, 3, True)
 
 
 def test_all_from_the_environment(requests: list[ExportRequest], monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"TARGET": "onnx ort-cpu", "MODEL": "m", "OUTPUT": "o", "WEIGHTS": "in-place", "PARITY": "off"}
-    for name, value in (values | {"FORCE": "1", "THREADS": "5", "JSON": "1", "QUIET": "1"}).items():
+    for name, value in (values | FLAGS).items():
         monkeypatch.setenv(f"GPTOSS_EXPORT_{name}", value)
     monkeypatch.setenv("GPTOSS_EXPORT_PARITY", "full")
     assert cli.main([]) == 0
-    assert requests == [ExportRequest("m", Path("o"), ("onnx", "ort-cpu"), None, WeightsMode.IN_PLACE, "full", True, 5)]
+    (request,) = requests
+    assert request == ExportRequest(
+        "m", Path("o"), ("onnx", "ort-cpu"), None, WeightsMode.IN_PLACE, "full", True, 5, True
+    )
 
 
 def test_yaml_off_is_the_word_and_not_false(
@@ -365,8 +371,8 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
 def test_targets_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["targets", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["targets"]
-    assert [row["name"] for row in rows] == ["onnx", "ort-cpu"]
-    assert [row["missing"] for row in rows] == [None, None]
+    assert [row["name"] for row in rows] == ["onnx", "ort-cpu", "ort-cpu-int8"]
+    assert [row["missing"] for row in rows] == [None, None, None]
 
 
 def test_synth_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_bound_tensors_are_the_checkpoints(layout: Layout, tiny_layouts: dict[La
     (tmp_path / "weights").mkdir()
     for file in checkpoint.weight_files:
         (tmp_path / "weights" / file.name).write_bytes(file.read_bytes())
-    bind(model, checkpoint.tensors, "weights")
+    bind(model, {"weights": checkpoint.tensors})
     ir.save(model, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size < 100_000
     loaded = {i.name: i for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
@@ -89,7 +89,7 @@ def test_bound_tensors_are_the_checkpoints(layout: Layout, tiny_layouts: dict[La
 def test_same_config_same_bytes(tiny: Checkpoint, tiny_graph: ir.Model) -> None:
     def content(model: ir.Model) -> bytes:
         model = model.clone()
-        bind(model, tiny.tensors, "weights")
+        bind(model, {"weights": tiny.tensors})
         return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
 
     again = build_graph(tiny.config, tiny.layout)
@@ -117,7 +117,7 @@ def test_bind_refuses_another_checkpoint(tiny: Checkpoint, tiny_graph: ir.Model,
     else:
         tensors[name] = replace(tensors[name], dtype="U8")
     with pytest.raises(GraphError, match="sinks"):
-        bind(tiny_graph.clone(), tensors, "weights")
+        bind(tiny_graph.clone(), {"weights": tensors})
 
 
 def test_simplify_notices_a_touched_weight(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,20 @@ class FakeTarget:
     fail: Exception | None = None
     summary: str = ""
     engine: str = "fake"
+    own: int = 0
+    library: Path | None = None
+
+    def own_bytes(self, checkpoint: Any) -> int:
+        return self.own
+
+    def kernel_library(self) -> Path:
+        if self.library is None:
+            raise TargetUnavailableError(f"{self.name} has no kernels", "leave --bundle-kernels out")
+        return self.library
+
+    def bundle_kernels(self, folder: Path) -> str:
+        shutil.copyfile(self.kernel_library(), folder / "kernels.so")
+        return "kernels: bundled"
 
     def check_available(self) -> None:
         if self.fail is not None and isinstance(self.fail, TargetUnavailableError):
@@ -165,6 +179,41 @@ def test_hardlinks_need_next_to_no_space(tiny_dir: Path, tmp_path: Path) -> None
     copied = make_plan(request(tiny_dir, tmp_path / "r")).copied_bytes
     linked = make_plan(request(tiny_dir, tmp_path / "r", weights=WeightsMode.HARDLINK)).copied_bytes
     assert copied - linked == sum((tiny_dir / name).stat().st_size for name in CHECKPOINT_FILES)
+
+
+def test_a_target_that_writes_weights_of_its_own_needs_their_space(
+    tiny_dir: Path, tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make_plan(request(tiny_dir, tmp_path / "r", weights=WeightsMode.HARDLINK))
+    targets.TARGETS["ort-cpu"].own = 123_456_789  # type: ignore[attr-defined]
+    made = make_plan(request(tiny_dir, tmp_path / "r", weights=WeightsMode.HARDLINK))
+    assert made.copied_bytes - before.copied_bytes == 123_456_789
+    assert "build ort-cpu, with 123.5 MB of weights in a form of its own, and load it" in made.steps
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, 1, 100_000_000))
+    with pytest.raises(DiskSpaceError, match="are needed"):
+        make_plan(request(tiny_dir, tmp_path / "r", weights=WeightsMode.HARDLINK))
+
+
+def test_the_plan_of_the_int8_target(tiny_dir: Path, tmp_path: Path) -> None:
+    plain, int8 = (make_plan(request(tiny_dir, tmp_path / "r", name)) for name in ("ort-cpu", "ort-cpu-int8"))
+    assert 900_000 < int8.copied_bytes - plain.copied_bytes < 1_000_000
+    assert any("945.5 kB of weights in a form of its own" in step for step in int8.steps)
+
+
+def test_kernels_are_bundled_when_asked(tiny_dir: Path, tmp_path: Path, log: list[str]) -> None:
+    library = tmp_path / "installed.so"
+    library.write_bytes(b"kernels" * 1000)
+    with pytest.raises(TargetUnavailableError, match="no kernels"):
+        make_plan(request(tiny_dir, tmp_path / "release", bundle_kernels=True))
+    targets.TARGETS["ort-cpu"].library = library  # type: ignore[attr-defined]
+    plain, made = (make_plan(request(tiny_dir, tmp_path / "r", bundle_kernels=b)) for b in (False, True))
+    assert made.copied_bytes - plain.copied_bytes == 7000
+    assert "build ort-cpu and load it; add its kernel library" in made.steps
+    (result,) = export(request(tiny_dir, tmp_path / "release", bundle_kernels=True))
+    assert result.manifest.notes == ("built by a test", "kernels: bundled")
+    assert result.manifest.files["kernels.so"].nbytes == 7000
+    with pytest.raises(TargetUnavailableError, match="onnx has no kernels"):
+        export(request(tiny_dir, tmp_path / "both", "ort-cpu", "onnx", bundle_kernels=True))
 
 
 def test_in_place_plans(tiny_dir: Path, tmp_path: Path) -> None:

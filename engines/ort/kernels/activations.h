@@ -32,6 +32,7 @@ struct ActivationGroup {
   int32_t correction_mxfp4;  // -bias * sum(256 * high + low): takes the bias out of an integer dot product
   int32_t correction_int8;
 };
+static_assert(sizeof(ActivationGroup) == kActivationGroupBytes, "groups follow each other");
 
 namespace {
 

@@ -25,6 +25,8 @@ struct Mxfp4 {
   const uint8_t* weights;  // [rows, groups, 16]
   const uint8_t* scales;   // [rows, groups]
   int64_t groups;
+  const uint8_t* next_weights;  // row `begin` of what is read afterwards, or nullptr
+  const uint8_t* next_scales;
 
   static int32_t correction(const ActivationGroup& x) { return Dot::kBiased ? x.correction_mxfp4 : 0; }
 
@@ -61,12 +63,14 @@ struct Int8 {
   using Dot = typename V::Int8Dot;
   static constexpr float kFactor = 1;
   static constexpr int kGroupBytes = kGroup;
-  static constexpr int kScaleBytes = 4;
-  static constexpr int kScaleGroups = 4;
+  static constexpr int kScaleBytes = 2;
+  static constexpr int kScaleGroups = 8;
 
-  const int8_t* weights;  // [rows, groups, 32]
-  const float* scales;    // [rows, groups]
+  const int8_t* weights;   // [rows, groups, 32]
+  const uint16_t* scales;  // [rows, groups] bfloat16
   int64_t groups;
+  const int8_t* next_weights = nullptr;
+  const uint16_t* next_scales = nullptr;
 
   static int32_t correction(const ActivationGroup& x) { return Dot::kBiased ? x.correction_int8 : 0; }
 
@@ -81,9 +85,13 @@ struct Int8 {
   }
 
   static void load_scales(const PanelRows<V>& rows, int64_t group, float* out, int stride) {
+    const Int upper = V::broadcast_int(static_cast<int32_t>(0xffff0000u));
     Int v[4];
     rows.load_tail(group * kScaleBytes, v);
-    for (int i = 0; i < 4; ++i) V::store(out + i * stride, V::as_float(v[i]));
+    for (int i = 0; i < 4; ++i) {
+      V::store(out + 2 * i * stride, V::as_float(V::template shift_left<16>(v[i])));
+      V::store(out + (2 * i + 1) * stride, V::as_float(V::bit_and(v[i], upper)));
+    }
   }
 };
 

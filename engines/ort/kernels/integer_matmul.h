@@ -118,16 +118,18 @@ template <class V, class Format>
 void integer_panels(const Format& w, int64_t begin, int64_t end, const uint8_t* x, size_t token_bytes, int64_t tokens,
                     float* y, int64_t ldy, IntegerPanel<V>& panel) {
   constexpr int kRows = IntegerPanel<V>::kRows;
-  const auto column_rows = [&](const void* matrix, int bytes, int64_t r, int column) {
-    return PanelRows<V>(matrix, w.groups * bytes, r + column * V::kLanes, end, kRows);
+  const auto column_rows = [&](const auto* matrix, const auto* next, int bytes, int64_t r, int column) {
+    if (next != nullptr) next += column * V::kLanes * w.groups * bytes / static_cast<int>(sizeof *next);
+    return PanelRows<V>(matrix, w.groups * bytes, r + column * V::kLanes, end, kRows, next);
   };
   for (int64_t r = begin; r < end; r += kRows) {
     std::memset(panel.sums, 0, static_cast<size_t>(tokens) * sizeof panel.sums[0]);
     for (int64_t group = 0; group < w.groups; group += kChunkGroups) {
       const int count = static_cast<int>(w.groups - group < kChunkGroups ? w.groups - group : kChunkGroups);
       for (int column = 0; column < V::kColumns; ++column)
-        expand_integers<V, Format>(column_rows(w.weights, Format::kGroupBytes, r, column),
-                                   column_rows(w.scales, Format::kScaleBytes, r, column), group, count, column, panel);
+        expand_integers<V, Format>(column_rows(w.weights, w.next_weights, Format::kGroupBytes, r, column),
+                                   column_rows(w.scales, w.next_scales, Format::kScaleBytes, r, column), group, count,
+                                   column, panel);
       const uint8_t* from = x + static_cast<size_t>(group) * sizeof(ActivationGroup);
       int64_t t = 0;
       for (; t + V::kIntTokens <= tokens; t += V::kIntTokens, from += V::kIntTokens * token_bytes)
@@ -135,7 +137,7 @@ void integer_panels(const Format& w, int64_t begin, int64_t end, const uint8_t* 
       integer_last_tile<V, Format, V::kIntTokens - 1>(tokens - t, panel, count, from, token_bytes, panel.sums + t);
     }
     for (int column = 0; column < V::kColumns && r + column * V::kLanes < end; ++column) {
-      const int64_t first = r + column * V::kLanes, start = column_rows(w.weights, 0, r, column).start();
+      const int64_t first = r + column * V::kLanes, start = PanelRows<V>(w.weights, 0, first, end).start();
       for (int64_t t = 0; t < tokens; ++t)
         store_rows<V>(y + t * ldy, start, first, end, V::load(panel.sums[t] + column * V::kLanes), Format::kFactor);
     }

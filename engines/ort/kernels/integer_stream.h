@@ -57,8 +57,8 @@ template <class V, class Format, int M>
 void integer_stream(const Format& w, int64_t begin, int64_t end, const uint8_t* x, size_t token_bytes, float* y,
                     int64_t ldy) {
   for (int64_t r = begin; r < end; r += V::kLanes) {
-    const PanelRows<V> rows(w.weights, w.groups * Format::kGroupBytes, r, end);
-    const PanelRows<V> scale_rows(w.scales, w.groups * Format::kScaleBytes, r, end);
+    const PanelRows<V> rows(w.weights, w.groups * Format::kGroupBytes, r, end, V::kLanes, w.next_weights);
+    const PanelRows<V> scale_rows(w.scales, w.groups * Format::kScaleBytes, r, end, V::kLanes, w.next_scales);
     typename V::Float sum[M];
     for (int m = 0; m < M; ++m) sum[m] = V::zero();
 

@@ -1,7 +1,7 @@
 // Plain loops: what every other table is tested against, bit for bit, and what runs where nothing else does.
 #include <cmath>
 
-#include "activations.h"
+#include "attention.h"
 #include "tables.h"
 
 namespace gptoss {
@@ -24,7 +24,7 @@ int32_t activation(const ActivationGroup& group, int i) {
   return 256 * group.high[at] + group.low[at];
 }
 
-void mxfp4(const uint8_t* blocks, const uint8_t* scales, int64_t k, int64_t begin, int64_t end, const void* activations,
+void mxfp4(const Mxfp4Matrix& w, const Mxfp4Matrix*, int64_t k, int64_t begin, int64_t end, const void* activations,
            int64_t tokens, float* y, int64_t ldy, void*) {
   const int64_t groups = k / kGroup;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -32,20 +32,20 @@ void mxfp4(const uint8_t* blocks, const uint8_t* scales, int64_t k, int64_t begi
     for (int64_t r = begin; r < end; ++r) {
       float sum = 0;
       for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* block = blocks + (r * groups + g) * (kGroup / 2);
+        const uint8_t* block = w.blocks + (r * groups + g) * (kGroup / 2);
         int32_t dot = 0;
         for (int i = 0; i < kGroup; i += 2) {
           dot += kTwiceFp4[block[i / 2] & 15] * activation(x[g], i);
           dot += kTwiceFp4[block[i / 2] >> 4] * activation(x[g], i + 1);
         }
-        sum = std::fma(static_cast<float>(dot) * x[g].scale, e8m0(scales[r * groups + g]), sum);
+        sum = std::fma(static_cast<float>(dot) * x[g].scale, e8m0(w.scales[r * groups + g]), sum);
       }
       y[t * ldy + r] = sum * 0.5f;
     }
   }
 }
 
-void int8(const int8_t* w, const float* scales, int64_t k, int64_t begin, int64_t end, const void* activations,
+void int8(const int8_t* w, const uint16_t* scales, int64_t k, int64_t begin, int64_t end, const void* activations,
           int64_t tokens, float* y, int64_t ldy, void*) {
   const int64_t groups = k / kGroup;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -55,7 +55,7 @@ void int8(const int8_t* w, const float* scales, int64_t k, int64_t begin, int64_
       for (int64_t g = 0; g < groups; ++g) {
         int32_t dot = 0;
         for (int i = 0; i < kGroup; ++i) dot += w[r * k + g * kGroup + i] * activation(x[g], i);
-        sum = std::fma(static_cast<float>(dot) * x[g].scale, scales[r * groups + g], sum);
+        sum = std::fma(static_cast<float>(dot) * x[g].scale, widened(scales[r * groups + g]), sum);
       }
       y[t * ldy + r] = sum;
     }
@@ -70,7 +70,7 @@ void bf16(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const float*
       for (int64_t first = 0; first < k; first += kBf16Chunk) {
         float part = 0;
         for (int64_t i = first; i < k && i < first + kBf16Chunk; ++i)
-          part = std::fma(bit_cast<float>(static_cast<uint32_t>(w[r * k + i]) << 16), x[t * ldx + i], part);
+          part = std::fma(widened(w[r * k + i]), x[t * ldx + i], part);
         sum += part;
       }
       y[t * ldy + r] = sum;
@@ -78,11 +78,24 @@ void bf16(const uint16_t* w, int64_t k, int64_t begin, int64_t end, const float*
   }
 }
 
+// One lane in the terms of attention.h.
+struct Scalar {
+  using Float = float;
+  static constexpr int kLanes = 1;
+  static constexpr int kAccumulators = 8;
+
+  static Float zero() { return 0; }
+  static Float broadcast(float value) { return value; }
+  static Float load(const float* p) { return *p; }
+  static void store(float* p, Float v) { *p = v; }
+  static Float fma(Float a, Float b, Float c) { return std::fma(a, b, c); }
+};
+
 size_t no_scratch(int64_t) { return 0; }
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", activation_bytes, quantize, mxfp4,      no_scratch,
-                                bf16,     no_scratch,       int8,     no_scratch};
+const Kernels kScalarKernels = {"scalar",   activation_bytes, quantize, mxfp4,      no_scratch, bf16,
+                                no_scratch, int8,             no_scratch, swiglu, attend<Scalar>, attention_scratch<Scalar>};
 
 }  // namespace gptoss

@@ -89,6 +89,9 @@ extern "C" __attribute__((visibility("default"))) gptoss::ort::Status* RegisterC
     check(api.create_custom_op_domain("com.gptoss", &domain));
     add<Linear>(api, domain);
     add<LinearNoBias>(api, domain);
+    add<LinearQKV>(api, domain);
+    add<LinearInt8>(api, domain);
+    add<LinearInt8NoBias>(api, domain);
     add<MoERouter>(api, domain);
     add<MoEExperts>(api, domain);
     add<SharedSinkAttention>(api, domain);

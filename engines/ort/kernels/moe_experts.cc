@@ -2,7 +2,6 @@
 // all experts that have tokens, in ascending order: every thread has the same work whatever the routing, and a token's
 // sum is formed in one order whatever the number of threads.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -61,17 +60,12 @@ struct Matrix {
     require(s.dims == Dims(b.dims.begin(), b.dims.begin() + 3), "scales [E, rows, K/32]");
     require(c.dims == Dims(b.dims.begin(), b.dims.begin() + 2), "bias [E, rows]");
   }
-  const uint8_t* blocks_of(int64_t e) const { return blocks + e * rows * K / 2; }
-  const uint8_t* scales_of(int64_t e) const { return scales + e * rows * K / 32; }
+  Mxfp4Matrix of(int64_t e) const { return {blocks + e * rows * K / 2, scales + e * rows * K / 32}; }
   const uint16_t* bias_of(int64_t e) const { return bias + e * rows; }
 };
 
-// Few parts for few rows, so that a part is worth a thread's while; for long blocks many, so that results of a part stay
-// in the cache.
-size_t parts_of(int64_t rows, int64_t tokens) {
-  const int64_t rows_of_part = tokens > 8 ? 96 : 192;
-  return static_cast<size_t>(std::clamp<int64_t>(rows / rows_of_part, 1, 64));
-}
+// A few tokens: long parts, which are read from memory at full speed. Many: short ones, whose results stay in the cache.
+size_t parts_for(int64_t rows, int64_t tokens) { return tokens > 8 ? parts_of(rows, 96, 32) : parts_of(rows, 192, 4); }
 
 class Experts {
  public:
@@ -82,65 +76,63 @@ class Experts {
   void run(const float* x, const Routing& routing, int64_t tokens, float* y) const {
     const int64_t H = up_.K, I = down_.K, pairs = static_cast<int64_t>(routing.token.size());
     const size_t x_bytes = kernels_.activation_bytes(H), a_bytes = kernels_.activation_bytes(I);
+    // Kept for the next layer: memory that is given back has to be cleared by the system before it is given again.
+    static thread_local Buffer tokens_buffer, pairs_buffer, a_buffer;
+    tokens_buffer.reserve(x_bytes * static_cast<size_t>(tokens));
+    pairs_buffer.reserve(x_bytes * static_cast<size_t>(pairs));
+    a_buffer.reserve(a_bytes * static_cast<size_t>(pairs));
+    char *tokens_q = tokens_buffer.as<char>(), *pairs_q = pairs_buffer.as<char>(), *a_q = a_buffer.as<char>();
 
+    context_.each(tokens, [&](int64_t t) { kernels_.quantize(x + t * H, H, tokens_q + static_cast<size_t>(t) * x_bytes); });
     // Every pair gets its token's activations, so that an expert's lie side by side.
-    const Buffer tokens_q(x_bytes * static_cast<size_t>(tokens)), pairs_q(x_bytes * static_cast<size_t>(pairs));
-    quantize(x, H, tokens, tokens_q.as<char>(), x_bytes);
-    for (int64_t p = 0; p < pairs; ++p)
-      std::memcpy(pairs_q.as<char>() + static_cast<size_t>(p) * x_bytes,
-                  tokens_q.as<char>() + static_cast<size_t>(routing.token[static_cast<size_t>(p)]) * x_bytes, x_bytes);
-
-    const Buffer a(sizeof(float) * static_cast<size_t>(pairs * I)), a_q(a_bytes * static_cast<size_t>(pairs));
-    const size_t up_parts = parts_of(up_.rows, tokens);
-    context_.parallel(up_parts, [&](size_t i) {
-      gate_up(routing, pairs_q.as<char>(), x_bytes, part(up_.rows, i, up_parts, 2 * kRowAlignment), a.as<float>());
+    context_.each(pairs, [&](int64_t p) {
+      const auto token = static_cast<size_t>(routing.token[static_cast<size_t>(p)]);
+      std::memcpy(pairs_q + static_cast<size_t>(p) * x_bytes, tokens_q + token * x_bytes, x_bytes);
     });
-    quantize(a.as<float>(), I, pairs, a_q.as<char>(), a_bytes);
 
+    const size_t up_parts = parts_for(up_.rows, tokens);
+    context_.parallel(up_parts, [&](size_t i) {
+      gate_up(routing, pairs_q, x_bytes, part(up_.rows, i, up_parts, 2 * kRowAlignment), a_q, a_bytes);
+    });
     std::memset(y, 0, sizeof(float) * static_cast<size_t>(tokens * H));
-    const size_t down_parts = parts_of(down_.rows, tokens);
+    const size_t down_parts = parts_for(down_.rows, tokens);
     context_.parallel(down_parts, [&](size_t i) {
-      add_down(routing, a_q.as<char>(), a_bytes, part(down_.rows, i, down_parts, kRowAlignment), y);
+      add_down(routing, a_q, a_bytes, part(down_.rows, i, down_parts, kRowAlignment), y);
     });
   }
 
  private:
-  void quantize(const float* x, int64_t K, int64_t count, char* out, size_t bytes) const {
-    const auto one = [&](size_t t) { kernels_.quantize(x + static_cast<int64_t>(t) * K, K, out + t * bytes); };
-    if (count <= 8) {
-      for (size_t t = 0; t < static_cast<size_t>(count); ++t) one(t);  // less than waking a thread costs
-    } else {
-      context_.parallel(static_cast<size_t>(count), one);
-    }
-  }
-
-  // One expert's rows for its tokens, [count, rows] float32, in memory that belongs to the thread.
-  const float* product(const Matrix& m, const Visit& visit, const Range& rows, const char* q, size_t bytes) const {
+  // The rows of one visit's expert for its tokens, [count, rows] float32, in memory that belongs to the thread.
+  const float* product(const Matrix& m, const Routing& routing, size_t visit, const Range& rows, const char* q,
+                       size_t bytes) const {
     static thread_local Buffer scratch, result;
-    const int64_t count = visit.end - visit.begin, width = rows.end - rows.begin;
+    const Visit& v = routing.visits[visit];
+    const int64_t count = v.end - v.begin, width = rows.end - rows.begin;
     scratch.reserve(kernels_.mxfp4_scratch(m.K));
     result.reserve(sizeof(float) * static_cast<size_t>(count * width));
+    const bool last = visit + 1 == routing.visits.size();
+    const Mxfp4Matrix expert = m.of(v.expert), next = m.of(last ? v.expert : routing.visits[visit + 1].expert);
     // The kernel writes row r of the matrix at r, so the result starts that much earlier.
-    kernels_.mxfp4(m.blocks_of(visit.expert), m.scales_of(visit.expert), m.K, rows.begin, rows.end,
-                   q + static_cast<size_t>(visit.begin) * bytes, count, result.as<float>() - rows.begin, width,
+    kernels_.mxfp4(expert, last ? nullptr : &next, m.K, rows.begin, rows.end,
+                   q + static_cast<size_t>(v.begin) * bytes, count, result.as<float>() - rows.begin, width,
                    scratch.as<void>());
     return result.as<float>();
   }
 
-  // a[pair, row / 2] = swiglu of rows (2 i, 2 i + 1), which are gate and up.
-  void gate_up(const Routing& routing, const char* q, size_t bytes, const Range& rows, float* a) const {
-    const int64_t I = down_.K, width = rows.end - rows.begin;
+  // Values rows / 2 of every pair's a, quantised: swiglu of rows (2 i, 2 i + 1), which are gate and up.
+  void gate_up(const Routing& routing, const char* q, size_t bytes, const Range& rows, char* a_q, size_t a_bytes) const {
+    static thread_local Buffer buffer;
+    const int64_t width = rows.end - rows.begin;
     if (width == 0) return;
-    for (const Visit& visit : routing.visits) {
-      const float* h = product(up_, visit, rows, q, bytes);
-      const uint16_t* bias = up_.bias_of(visit.expert) + rows.begin;
-      for (int64_t p = visit.begin; p < visit.end; ++p, h += width) {
-        float* out = a + p * I + rows.begin / 2;
-        for (int64_t r = 0; r < width; r += 2) {
-          const float gate = std::min(h[r] + from_bf16(bias[r]), limit_);
-          const float up = std::clamp(h[r + 1] + from_bf16(bias[r + 1]), -limit_, limit_);
-          out[r / 2] = gate / (1 + std::exp(-alpha_ * gate)) * (up + 1);
-        }
+    buffer.reserve(sizeof(float) * static_cast<size_t>(width / 2));
+    float* a = buffer.as<float>();
+    char* out = a_q + static_cast<size_t>(rows.begin / 2 / 32) * kActivationGroupBytes;
+    for (size_t visit = 0; visit < routing.visits.size(); ++visit) {
+      const float* h = product(up_, routing, visit, rows, q, bytes);
+      const Visit& v = routing.visits[visit];
+      for (int64_t p = v.begin; p < v.end; ++p, h += width) {
+        kernels_.swiglu(h, up_.bias_of(v.expert) + rows.begin, width / 2, alpha_, limit_, a);
+        kernels_.quantize(a, width / 2, out + static_cast<size_t>(p) * a_bytes);
       }
     }
   }
@@ -149,10 +141,11 @@ class Experts {
   void add_down(const Routing& routing, const char* q, size_t bytes, const Range& rows, float* y) const {
     const int64_t H = up_.K, width = rows.end - rows.begin;
     if (width == 0) return;
-    for (const Visit& visit : routing.visits) {
-      const float* out = product(down_, visit, rows, q, bytes);
-      const uint16_t* bias = down_.bias_of(visit.expert) + rows.begin;
-      for (int64_t p = visit.begin; p < visit.end; ++p, out += width) {
+    for (size_t visit = 0; visit < routing.visits.size(); ++visit) {
+      const float* out = product(down_, routing, visit, rows, q, bytes);
+      const Visit& v = routing.visits[visit];
+      const uint16_t* bias = down_.bias_of(v.expert) + rows.begin;
+      for (int64_t p = v.begin; p < v.end; ++p, out += width) {
         const float weight = routing.weight[static_cast<size_t>(p)];
         float* sum = y + routing.token[static_cast<size_t>(p)] * H + rows.begin;
         for (int64_t r = 0; r < width; ++r) sum[r] += weight * (out[r] + from_bf16(bias[r]));

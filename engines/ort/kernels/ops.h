@@ -25,6 +25,38 @@ struct LinearNoBias {
   void compute(const Context& context) const;
 };
 
+// Three Linear on one x: x, and weight and bias of each -> q, k, v.
+struct LinearQKV {
+  static constexpr const char* kName = "LinearQKV";
+  static constexpr ort::Type kInputs[] = {ort::Type::kFloat,    ort::Type::kBfloat16, ort::Type::kBfloat16,
+                                          ort::Type::kBfloat16, ort::Type::kBfloat16, ort::Type::kBfloat16,
+                                          ort::Type::kBfloat16};
+  static constexpr ort::Type kOutputs[] = {ort::Type::kFloat, ort::Type::kFloat, ort::Type::kFloat};
+
+  LinearQKV(const ort::Api&, const ort::KernelInfo*) {}
+  void compute(const Context& context) const;
+};
+
+// x [.., K] float32, weight [N, K] int8, scales [N, K/32] bfloat16, (bias [N] bfloat16) -> y [.., N].
+struct LinearInt8 {
+  static constexpr const char* kName = "LinearInt8";
+  static constexpr ort::Type kInputs[] = {ort::Type::kFloat, ort::Type::kInt8, ort::Type::kBfloat16,
+                                          ort::Type::kBfloat16};
+  static constexpr ort::Type kOutputs[] = {ort::Type::kFloat};
+
+  LinearInt8(const ort::Api&, const ort::KernelInfo*) {}
+  void compute(const Context& context) const;
+};
+
+struct LinearInt8NoBias {
+  static constexpr const char* kName = "LinearInt8NoBias";
+  static constexpr ort::Type kInputs[] = {ort::Type::kFloat, ort::Type::kInt8, ort::Type::kBfloat16};
+  static constexpr ort::Type kOutputs[] = {ort::Type::kFloat};
+
+  LinearInt8NoBias(const ort::Api&, const ort::KernelInfo*) {}
+  void compute(const Context& context) const;
+};
+
 // x [.., H], weight [E, H], bias [E] -> weights [.., K] float32, experts [.., K] int64.
 struct MoERouter {
   static constexpr const char* kName = "MoERouter";

@@ -10,12 +10,13 @@ template <class V>
 class PanelRows {
  public:
   // The panel that holds row r: it starts there, or so that it ends with the last row. Needs end >= kLanes. `ahead` rows
-  // further on is what `prefetch` asks for.
-  PanelRows(const void* matrix, int64_t row_bytes, int64_t r, int64_t end, int64_t ahead = V::kLanes)
+  // further on is what `prefetch` asks for, and where the rows end, `next`, unless it is nullptr.
+  PanelRows(const void* matrix, int64_t row_bytes, int64_t r, int64_t end, int64_t ahead = V::kLanes,
+            const void* next = nullptr)
       : start_(r + V::kLanes <= end ? r : end - V::kLanes),
         first_(static_cast<const uint8_t*>(matrix) + start_ * row_bytes),
         row_bytes_(row_bytes),
-        ahead_(r + ahead < end ? ahead * row_bytes : -1) {}
+        ahead_(r + ahead < end ? first_ + ahead * row_bytes : static_cast<const uint8_t*>(next)) {}
 
   int64_t start() const { return start_; }
 
@@ -53,8 +54,8 @@ class PanelRows {
   // memory. What is asked for is then one linear walk, which the hardware's own prefetching joins.
   template <int kBytes>
   void prefetch(int64_t offset) const {
-    if (ahead_ < 0) return;
-    const uint8_t* from = first_ + ahead_ + offset * V::kLanes;
+    if (ahead_ == nullptr) return;
+    const uint8_t* from = ahead_ + offset * V::kLanes;
     for (int i = 0; i < kBytes * V::kLanes; i += 64) __builtin_prefetch(from + i);
   }
 
@@ -62,7 +63,7 @@ class PanelRows {
   int64_t start_;
   const uint8_t* first_;
   int64_t row_bytes_;
-  int64_t ahead_;  // bytes, or -1 where nothing follows
+  const uint8_t* ahead_;  // nullptr where nothing follows
 };
 
 // y[i] = sums[i] * factor for rows [r, end) of the panel that starts at row `start`.

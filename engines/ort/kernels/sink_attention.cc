@@ -1,67 +1,20 @@
 // Attention over a cache of fixed capacity: position j of the text lies in slot j mod C, so that a layer with a window
 // needs no more slots than it can see, and a step writes its own keys and values and copies nothing.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <vector>
 
+#include "kernels.h"
 #include "ops.h"
-
-// The loops below are written for the compiler's vectoriser: one version for each level, chosen when the library loads.
-#if defined(__x86_64__)
-#define GPTOSS_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define GPTOSS_CLONES
-#endif
 
 namespace gptoss {
 namespace {
 
-// Queries of one key head that are worked on together: a key is then read once for all of them.
-constexpr int64_t kQueryBlock = 16;
+// Tokens of one key head that are worked on together: a key is then read once for all of their queries.
+constexpr int64_t kTokenBlock = 8;
 
 struct Shape {
   int64_t B, S, T, C, D, heads, kv_heads;
 };
-
-// scores[i, j] = scale * q_i . k_j for `keys` keys in their order; q [queries, D] and k [keys, D] contiguous.
-GPTOSS_CLONES void dot_rows(const float* q, int64_t queries, const float* k, int64_t keys, int64_t D, float scale,
-                            float* scores, int64_t stride) {
-  for (int64_t i = 0; i < queries; ++i) {
-    const float* a = q + i * D;
-    for (int64_t j = 0; j < keys; ++j) {
-      const float* b = k + j * D;
-      float sum[16] = {};
-      int64_t d = 0;
-      for (; d + 16 <= D; d += 16)
-        for (int64_t l = 0; l < 16; ++l) sum[l] += a[d + l] * b[d + l];
-      for (; d < D; ++d) sum[0] += a[d] * b[d];
-      for (int64_t width = 8; width > 0; width /= 2)
-        for (int64_t l = 0; l < width; ++l) sum[l] += sum[l + width];
-      scores[i * stride + j] = scale * sum[0];
-    }
-  }
-}
-
-// out[i] += sum_j p[i, j] v_j.
-GPTOSS_CLONES void add_rows(const float* p, int64_t queries, int64_t stride, const float* v, int64_t keys, int64_t D,
-                            float* out) {
-  for (int64_t i = 0; i < queries; ++i)
-    for (int64_t j = 0; j < keys; ++j) {
-      const float weight = p[i * stride + j];
-      if (weight == 0) continue;
-      for (int64_t d = 0; d < D; ++d) out[i * D + d] += weight * v[j * D + d];
-    }
-}
-
-// The softmax of one row of scores together with the sink, whose share is left out.
-void softmax_with_sink(float* scores, int64_t keys, float sink) {
-  float largest = sink;
-  for (int64_t j = 0; j < keys; ++j) largest = std::max(largest, scores[j]);
-  float sum = std::exp(sink - largest);
-  for (int64_t j = 0; j < keys; ++j) sum += scores[j] = std::exp(scores[j] - largest);
-  for (int64_t j = 0; j < keys; ++j) scores[j] /= sum;
-}
 
 // Where new keys and values [B, S, kv_heads * D] go: into slots T-S .. T-1 of [B, kv_heads, C, D].
 void append(const float* rows, const Shape& s, int64_t b, int64_t h, float* cache) {
@@ -92,12 +45,10 @@ struct Operands {
   float* out;
 };
 
-// Queries [begin, end) of row b for all query heads that read key head h.
+// Tokens [begin, end) of row b for all query heads that read key head h.
 void attend(const Operands& o, const Shape& s, int64_t b, int64_t h, int64_t begin, int64_t end, float scale,
             int64_t window) {
-  const int64_t group = s.heads / s.kv_heads, count = end - begin, queries = count * group;
-  const float* K = o.keys + (b * s.kv_heads + h) * s.C * s.D;
-  const float* V = o.values + (b * s.kv_heads + h) * s.C * s.D;
+  const int64_t group = s.heads / s.kv_heads, head = b * s.kv_heads + h;
   const int64_t* q_pos = o.query_positions + b * s.S;
   const int64_t* k_pos = o.key_positions + b * s.T;
 
@@ -110,44 +61,20 @@ void attend(const Operands& o, const Shape& s, int64_t b, int64_t h, int64_t beg
       if (q_pos[i] >= 0) lowest = std::min(lowest, q_pos[i]);
     while (first < last && (k_pos[first] < 0 || (lowest != INT64_MAX && lowest - k_pos[first] >= window))) ++first;
   }
-  const int64_t keys = last - first;
 
-  static thread_local Buffer buffer;
-  buffer.reserve(sizeof(float) * static_cast<size_t>(queries * (2 * s.D + std::max<int64_t>(keys, 1))));
-  float* q = buffer.as<float>();
-  float* out = q + queries * s.D;
-  float* scores = out + queries * s.D;
-  for (int64_t i = 0; i < count; ++i)
-    std::memcpy(q + i * group * s.D, o.q + ((b * s.S + begin + i) * s.heads + h * group) * s.D,
-                sizeof(float) * static_cast<size_t>(group * s.D));
-  std::memset(out, 0, sizeof(float) * static_cast<size_t>(queries * s.D));
-
-  // The cache is a ring: its part of [first, last) is one run of slots or two.
-  const auto runs = [&](const auto& f) {
-    for (int64_t j = first; j < last;) {
-      const int64_t slot = j % s.C, length = std::min(last - j, s.C - slot);
-      f(slot, j - first, length);
-      j += length;
-    }
-  };
-  runs([&](int64_t slot, int64_t at, int64_t n) {
-    dot_rows(q, queries, K + slot * s.D, n, s.D, scale, scores + at, keys);
-  });
-  for (int64_t i = 0; i < queries; ++i) {
-    const int64_t position = q_pos[begin + i / group];
-    float* row = scores + i * keys;
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t p = k_pos[first + j];
-      if (p < 0 || p > position || (window > 0 && position - p >= window)) row[j] = -HUGE_VALF;
-    }
-    softmax_with_sink(row, keys, from_bf16(o.sinks[h * group + i % group]));
-  }
-  runs([&](int64_t slot, int64_t at, int64_t n) {
-    add_rows(scores + at, queries, keys, V + slot * s.D, n, s.D, out);
-  });
-  for (int64_t i = 0; i < count; ++i)
-    std::memcpy(o.out + ((b * s.S + begin + i) * s.heads + h * group) * s.D, out + i * group * s.D,
-                sizeof(float) * static_cast<size_t>(group * s.D));
+  Attention a;
+  a.tokens = end - begin, a.group = group, a.D = s.D;
+  a.slots = s.C, a.first = first, a.keys = last - first, a.window = window;
+  a.token_stride = s.heads * s.D;
+  const int64_t at = (b * s.S + begin) * a.token_stride + h * group * s.D;
+  a.q = o.q + at, a.out = o.out + at;
+  a.key_slots = o.keys + head * s.C * s.D, a.value_slots = o.values + head * s.C * s.D;
+  a.sinks = o.sinks + h * group;
+  a.query_positions = q_pos + begin, a.key_positions = k_pos + first;
+  a.scale = scale;
+  static thread_local Buffer scratch;
+  scratch.reserve(select().attention_scratch(a.tokens * group, s.D, a.keys));
+  select().attend(a, scratch.as<void>());
 }
 
 }  // namespace
@@ -165,6 +92,7 @@ void SharedSinkAttention::compute(const Context& context) const {
           "caches [B, kv_heads, C, D]");
   require((query_positions.dims == Dims{s.B, s.S}) && key_positions.dim(0) == s.B && s.T >= s.S, "positions [B, S] and [B, T]");
   require(sinks.dims == Dims{num_heads}, "a sink for each head");
+  require(s.T < INT32_MAX, "fewer than 2^31 positions");
   for (int64_t b = 0; b < s.B; ++b)
     require(holds_what_is_seen(query_positions.as<int64_t>() + b * s.S, key_positions.as<int64_t>() + b * s.T, s, window),
             "the cache is too small: a key that a query still sees has lost its slot");
@@ -184,11 +112,11 @@ void SharedSinkAttention::compute(const Context& context) const {
       append(k.as<float>(), s, b, h, keys);
       append(v.as<float>(), s, b, h, values);
     }
-  const int64_t blocks = (s.S + kQueryBlock - 1) / kQueryBlock;
+  const int64_t blocks = (s.S + kTokenBlock - 1) / kTokenBlock;
   context.parallel(static_cast<size_t>(s.B * kv_heads * blocks), [&](size_t i) {
     const auto task = static_cast<int64_t>(i);
     const int64_t block = task % blocks, head = task / blocks;
-    attend(o, s, head / kv_heads, head % kv_heads, block * kQueryBlock, std::min(s.S, (block + 1) * kQueryBlock), scale,
+    attend(o, s, head / kv_heads, head % kv_heads, block * kTokenBlock, std::min(s.S, (block + 1) * kTokenBlock), scale,
            window);
   });
 }

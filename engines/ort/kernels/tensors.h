@@ -9,6 +9,7 @@
 #include <new>
 #include <numeric>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "ort_abi.h"
@@ -87,6 +88,15 @@ class Context {
     const auto call = [](void* data, size_t i) { (*static_cast<const F*>(data))(i); };
     check(api_.parallel_for(context_, call, count, 0, const_cast<F*>(&f)));
   }
+  // f(i) for each of `count` rows of activations: here where that is less than waking a thread costs.
+  template <typename F>
+  void each(int64_t count, const F& f) const {
+    if (count <= 8) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+    } else {
+      parallel(static_cast<size_t>(count), [&](size_t i) { f(static_cast<int64_t>(i)); });
+    }
+  }
 
  private:
   const ort::Api& api_;
@@ -128,6 +138,13 @@ inline Range part(int64_t rows, size_t i, size_t parts, int64_t alignment) {
     return std::min(rows, units * static_cast<int64_t>(k) / static_cast<int64_t>(parts) * alignment);
   };
   return {bound(i), bound(i + 1)};
+}
+
+// How many parts to make of `rows` for the threads of this machine: a few for each, so that one that is held up does not hold
+// up the others for long, and with at least `least` rows, so that a part is worth its while.
+inline size_t parts_of(int64_t rows, int64_t least, int64_t parts_per_thread) {
+  static const auto threads = static_cast<int64_t>(std::max(1u, std::thread::hardware_concurrency()));
+  return static_cast<size_t>(std::clamp<int64_t>(rows / least, 1, parts_per_thread * threads));
 }
 
 inline float from_bf16(uint16_t bits) {

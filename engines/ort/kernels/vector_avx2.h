@@ -15,6 +15,7 @@ struct Avx2 {
   static constexpr int kColumns = 2;
   static constexpr int kIntTokens = 2;
   static constexpr int kFloatTokens = 6;
+  static constexpr int kAccumulators = 12;
 
   static Int zero_int() { return _mm256_setzero_si256(); }
   static Int broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }

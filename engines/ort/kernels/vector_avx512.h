@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int kColumns = 2;
   static constexpr int kIntTokens = 4;
   static constexpr int kFloatTokens = 12;
+  static constexpr int kAccumulators = 24;
 
   static Int zero_int() { return _mm512_setzero_si512(); }
   static Int broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }

@@ -15,6 +15,7 @@ struct Neon {
   static constexpr int kColumns = 4;
   static constexpr int kIntTokens = 3;
   static constexpr int kFloatTokens = 6;
+  static constexpr int kAccumulators = 24;
 
   static Int zero_int() { return vdupq_n_s32(0); }
   static Int broadcast_int(int32_t value) { return vdupq_n_s32(value); }

@@ -1,6 +1,7 @@
 // The table of functions of a vector type. Matrices of fewer rows than a register has go to the scalar table: same bits.
 #pragma once
 
+#include "attention.h"
 #include "bf16_matmul.h"
 #include "integer_matmul.h"
 #include "tables.h"
@@ -10,13 +11,17 @@ namespace {
 
 template <class V>
 struct VectorTable {
-  static void mxfp4(const uint8_t* blocks, const uint8_t* scales, int64_t k, int64_t begin, int64_t end,
+  static void mxfp4(const Mxfp4Matrix& w, const Mxfp4Matrix* next, int64_t k, int64_t begin, int64_t end,
                     const void* activations, int64_t tokens, float* y, int64_t ldy, void* scratch) {
-    if (end < V::kLanes)
-      return kScalarKernels.mxfp4(blocks, scales, k, begin, end, activations, tokens, y, ldy, scratch);
-    integer_matmul<V>(Mxfp4<V>{blocks, scales, k / kGroup}, begin, end, activations, tokens, y, ldy, scratch);
+    if (end < V::kLanes) return kScalarKernels.mxfp4(w, next, k, begin, end, activations, tokens, y, ldy, scratch);
+    Mxfp4<V> format{w.blocks, w.scales, k / kGroup, nullptr, nullptr};
+    if (next != nullptr) {
+      format.next_weights = next->blocks + begin * format.groups * Mxfp4<V>::kGroupBytes;
+      format.next_scales = next->scales + begin * format.groups * Mxfp4<V>::kScaleBytes;
+    }
+    integer_matmul<V>(format, begin, end, activations, tokens, y, ldy, scratch);
   }
-  static void int8(const int8_t* w, const float* scales, int64_t k, int64_t begin, int64_t end,
+  static void int8(const int8_t* w, const uint16_t* scales, int64_t k, int64_t begin, int64_t end,
                    const void* activations, int64_t tokens, float* y, int64_t ldy, void* scratch) {
     if (end < V::kLanes) return kScalarKernels.int8(w, scales, k, begin, end, activations, tokens, y, ldy, scratch);
     integer_matmul<V>(Int8<V>{w, scales, k / kGroup}, begin, end, activations, tokens, y, ldy, scratch);
@@ -30,8 +35,8 @@ struct VectorTable {
   static size_t bf16_scratch(int64_t) { return sizeof(FloatPanel<V>); }
 
   static constexpr Kernels named(const char* name) {
-    return {name,           activation_bytes, quantize, mxfp4, integer_scratch, bf16,
-            bf16_scratch,   int8,             integer_scratch};
+    return {name, activation_bytes, quantize,        mxfp4,  integer_scratch, bf16,
+            bf16_scratch, int8,     integer_scratch, swiglu, attend<V>,       attention_scratch<V>};
   }
 };
 

@@ -62,13 +62,28 @@ class Checks {
   int passed_ = 0, failed_ = 0;
 };
 
+// Towards zero.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+inline float from_bf16(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
 // Weights and activations of one case. Scale bytes lie in [lowest, highest].
 struct Problem {
   int64_t rows, k, tokens;
   Guarded<uint8_t> blocks, scales;
   Guarded<uint16_t> bf16;
   Guarded<int8_t> int8;
-  Guarded<float> int8_scales, x;
+  Guarded<uint16_t> int8_scales;
+  Guarded<float> x;
 
   Problem(int64_t rows, int64_t k, int64_t tokens, int lowest = 117, int highest = 122)
       : rows(rows), k(k), tokens(tokens), blocks(count(rows * k / 2)), scales(count(rows * k / 32)),
@@ -79,14 +94,9 @@ struct Problem {
     for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<uint8_t>(uniform(0, 255));
     for (size_t i = 0; i < scales.size(); ++i) scales[i] = static_cast<uint8_t>(uniform(lowest, highest));
     for (size_t i = 0; i < int8.size(); ++i) int8[i] = static_cast<int8_t>(uniform(-128, 127));
-    for (size_t i = 0; i < int8_scales.size(); ++i) int8_scales[i] = static_cast<float>(uniform(1, 4000)) / 65536;
+    for (size_t i = 0; i < int8_scales.size(); ++i) int8_scales[i] = to_bf16(static_cast<float>(uniform(1, 4000)) / 65536);
     for (size_t i = 0; i < x.size(); ++i) x[i] = normal(random);
-    for (size_t i = 0; i < bf16.size(); ++i) {
-      const float value = normal(random);
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      bf16[i] = static_cast<uint16_t>(bits >> 16);
-    }
+    for (size_t i = 0; i < bf16.size(); ++i) bf16[i] = to_bf16(normal(random));
   }
 
   double mxfp4_weight(int64_t row, int64_t i) const {
@@ -95,14 +105,9 @@ struct Problem {
     return std::ldexp(code & 8 ? -kFp4[code & 7] : kFp4[code & 7], scales[count((row * k + i) / 32)] - 127);
   }
   double int8_weight(int64_t row, int64_t i) const {
-    return static_cast<double>(int8[count(row * k + i)]) * int8_scales[count((row * k + i) / 32)];
+    return static_cast<double>(int8[count(row * k + i)]) * from_bf16(int8_scales[count((row * k + i) / 32)]);
   }
-  double bf16_weight(int64_t row, int64_t i) const {
-    const uint32_t bits = static_cast<uint32_t>(bf16[count(row * k + i)]) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
+  double bf16_weight(int64_t row, int64_t i) const { return from_bf16(bf16[count(row * k + i)]); }
 
   static size_t count(int64_t n) { return static_cast<size_t>(n); }
 };

@@ -3,6 +3,7 @@
 //   kernels_test [table ...]     default: all of them; a table named here must run
 #include "../kernels.h"
 #include "../tables.h"
+#include "attention_cases.h"
 #include "fixtures.h"
 
 namespace {
@@ -32,7 +33,7 @@ std::vector<float> multiply(const Kernels& kernels, const Problem& p, Format for
 
   if (format == Format::kMxfp4) {
     Guarded<uint8_t> scratch((kernels.mxfp4_scratch(p.k) + 63) / 64 * 64);
-    kernels.mxfp4(p.blocks.data(), p.scales.data(), p.k, range.begin, range.end, activations.data(), tokens, y.data(),
+    kernels.mxfp4({p.blocks.data(), p.scales.data()}, nullptr, p.k, range.begin, range.end, activations.data(), tokens, y.data(),
                   ldy, scratch.data());
   } else if (format == Format::kInt8) {
     Guarded<uint8_t> scratch((kernels.int8_scratch(p.k) + 63) / 64 * 64);
@@ -216,6 +217,8 @@ void test_table(const Kernels& kernels, Checks& checks) {
   test_extreme_scales(kernels, checks);
   test_extreme_activations(kernels, checks);
   test_not_finite(kernels, checks);
+  test_attention(kernels, checks);
+  test_swiglu(kernels, checks);
 }
 
 void test_dispatch(Checks& checks) {
