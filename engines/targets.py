@@ -127,7 +127,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="ort-cpu-int8",
-            summary="as ort-cpu, with attention projections and lm_head in int8, 32 weights a scale",
+            summary="as ort-cpu, with lm_head and most of attention in int8, 32 weights a scale",
             engine="onnxruntime",
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu_int8,

@@ -8,7 +8,8 @@ from gptoss_export.exporter.checkpoint.config import ModelConfig
 from gptoss_export.exporter.checkpoint.layouts import stored_tensors
 from gptoss_export.exporter.checkpoint.tensors import Layout
 
-STORED_LINEAR_BYTES = 2.0
+_INT8_SHARE = 34 / 64
+"""32 int8 and their bfloat16 scale, of 32 bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class TokenBytes:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def token_bytes(config: ModelConfig, layout: Layout, linear_bytes: float = STORED_LINEAR_BYTES) -> TokenBytes:
+def token_bytes(config: ModelConfig, layout: Layout, int8_from: int | None = None) -> TokenBytes:
     """Counts the tensors that a checkpoint of this shape and layout holds.
 
-    linear_bytes: what one weight of q, k, v, o and lm_head takes in the artifact, its share of a block's scale
-    included; 2 is bfloat16 as stored.
+    int8_from: the first layer whose q, k, v and o the artifact holds in int8, as it then does lm_head; None for all of
+    them as stored.
     """
+    int8 = set() if int8_from is None else {f"model.layers.{n}." for n in range(int8_from, config.num_layers)}
     sums = dict.fromkeys((field.name for field in fields(TokenBytes)), 0.0)
     for tensor in stored_tensors(config, layout):
         name, nbytes = tensor.parts[0].name, float(tensor.nbytes)
@@ -45,9 +47,10 @@ def token_bytes(config: ModelConfig, layout: Layout, linear_bytes: float = STORE
         elif ".mlp.router." in name:
             sums["router"] += nbytes
         elif ".self_attn." in name:
-            sums["attention"] += nbytes * (linear_bytes / STORED_LINEAR_BYTES if name.endswith("_proj.weight") else 1)
+            layer = name[: name.index("self_attn.")]
+            sums["attention"] += nbytes * (_INT8_SHARE if layer in int8 and name.endswith("_proj.weight") else 1)
         elif name.startswith("lm_head."):
-            sums["lm_head"] += nbytes * linear_bytes / STORED_LINEAR_BYTES
+            sums["lm_head"] += nbytes * (1 if int8_from is None else _INT8_SHARE)
         elif name.startswith("model.embed_tokens."):
             sums["embedding"] += nbytes / config.vocab_size
         else:

@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from measure import machine, run
 
 from gptoss_export.engines.bandwidth import measure_read_bandwidth
+from gptoss_export.engines.ort.quantize import first_int8_layer
 
 HERE = Path(__file__).resolve().parent
 GPTOSS = Path(sys.executable).parent / "gptoss-export"
@@ -67,15 +68,20 @@ class Turn:
     bandwidth: float
 
 
-def bytes_read(config: dict[str, Any], tensors: dict[str, Stored], dense: float) -> float:
-    """Bytes a token: the chosen experts, and every other matrix at `dense` bytes a parameter, save the embedding."""
+def bytes_read(config: dict[str, Any], tensors: dict[str, Stored], eight_bits_from: int | None) -> float:
+    """Bytes a token: the chosen experts and every other matrix save the embedding.
+
+    eight_bits_from: the first layer whose matrices have 34 bytes for 32 weights, as lm_head then has; None: all 64.
+    """
     chosen = config["num_experts_per_tok"] / config["num_local_experts"]
     total = 0.0
     for name, tensor in tensors.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
         if ".mlp.experts." in name:
             total += tensor.nbytes * chosen
         elif name != "model.embed_tokens.weight":
-            total += tensor.nbytes / 2 * dense
+            short = eight_bits_from is not None and (layer is None or int(layer[1]) >= eight_bits_from)
+            total += tensor.nbytes * (34 / 64 if short else 1)
     return total
 
 
@@ -95,10 +101,10 @@ def prepare(a: argparse.Namespace) -> list[Model]:
         made = ["--target", target, "--model", checkpoint, "--output", artifact, "--force"]
         run([GPTOSS, *made, "--parity", "off", "--weights", "hardlink"])
         command = (sys.executable, str(HERE / "child.py"), "ours", str(artifact), "--target", target, *threads)
-        read = bytes_read(config, tensors, 34 / 32 if "int8" in target else 2)
+        read = bytes_read(config, tensors, first_int8_layer(a.layers) if "int8" in target else None)
         models.append(Model(target, command, read, tuple(f for f in artifact.rglob("*") if f.is_file())))
     peer = (str(a.peers / "bin" / "python"), str(HERE / "child.py"), "llama", str(gguf), *threads)
-    read = bytes_read(config, tensors, 34 / 32)
+    read = bytes_read(config, tensors, 0)
     models.append(Model("llama.cpp", peer, read, (gguf,)))
     if not a.repack_only:
         models.append(Model("llama.cpp, no repack", (*peer, "--no-repack"), read, (gguf,)))

@@ -96,13 +96,21 @@ class Int8File:
     nbytes: int
 
 
+def first_int8_layer(num_layers: int) -> int:
+    """The layer from which on attention is in int8: what is rounded before it reaches the routers of all later layers.
+
+    A third of the layers, rounded up; docs/adr/0011 has the figures.
+    """
+    return -(-num_layers // 3)
+
+
 def int8_matrices(checkpoint: Checkpoint) -> tuple[Matrix, ...]:
-    """q, k and v of each layer as one matrix, each o, and lm_head, in the order of the network.
+    """q, k and v of each layer from `first_int8_layer` on as one matrix, each o, and lm_head, in the network's order.
 
     One whose rows are no whole number of blocks is left out and stays as stored; no released model has such.
     """
-    tensors = checkpoint.tensors
-    layers = (f"model.layers.{n}.self_attn" for n in range(checkpoint.config.num_layers))
+    tensors, num_layers = checkpoint.tensors, checkpoint.config.num_layers
+    layers = (f"model.layers.{n}.self_attn" for n in range(first_int8_layer(num_layers), num_layers))
     names = chain.from_iterable(
         ((f"{layer}.qkv_proj", [f"{layer}.{part}_proj" for part in "qkv"]), (f"{layer}.o_proj", [f"{layer}.o_proj"]))
         for layer in layers

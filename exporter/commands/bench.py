@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = "1"
 
-# Bytes of one weight of q, k, v, o and lm_head, its share of a scale included: 32 int8 and one bfloat16 are 34 bytes.
-# A target that is not here gets no figures that rest on it.
-_LINEAR_BYTES = {"onnx": 2.0, "ort-cpu": 2.0, "ort-cpu-int8": 34 / 32}
+# A target that is none of these gets no figures that rest on the bytes of its weights.
+_STORED_TARGETS = ("onnx", "ort-cpu")
+_INT8_TARGETS = ("ort-cpu-int8",)
 _LIBRARIES = ("gptoss-export", "numpy", "onnxruntime")
 _MAX_SIZE = 1 << 30
 
@@ -152,11 +152,12 @@ def bench(
 
 def count_weights(manifest: Manifest) -> TokenBytes | None:
     """What a token reads of this artifact, where its target keeps the weights in a known form."""
+    from gptoss_export.engines.ort.quantize import first_int8_layer
     from gptoss_export.engines.token_bytes import token_bytes
 
-    if manifest.target not in _LINEAR_BYTES:
-        return None
-    return token_bytes(manifest.model, manifest.layout, _LINEAR_BYTES[manifest.target])
+    if manifest.target in _INT8_TARGETS:
+        return token_bytes(manifest.model, manifest.layout, first_int8_layer(manifest.model.num_layers))
+    return token_bytes(manifest.model, manifest.layout) if manifest.target in _STORED_TARGETS else None
 
 
 def report_as_json(report: BenchReport) -> dict[str, object]:

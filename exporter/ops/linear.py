@@ -79,7 +79,7 @@ LINEAR_QKV = Op(
         "Three Linear of one x: y = x W^T + b. x [..., K]; weight [N, K], bias [N] -> y [..., N], for q, k and v.",
         {"x": "tensor(float)"}
         | {f"{part}_{kind}": "tensor(bfloat16)" for part in _PARTS for kind in ("weight", "bias")},
-        {part: "tensor(float)" for part in _PARTS},
+        dict.fromkeys(_PARTS, "tensor(float)"),
     ),
     body="""(x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias) => (q, k, v) {
         q = com.gptoss.Linear (x, q_weight, q_bias)

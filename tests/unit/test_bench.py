@@ -331,10 +331,10 @@ def test_one_layout_reads_like_the_other_and_bf16_experts_read_more() -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_narrower_linear_weights_change_the_five_matrices_alone(layout: Layout) -> None:
+def test_int8_changes_the_five_matrices_of_its_layers_alone(layout: Layout) -> None:
     config = released_20b()
-    stored, narrow = token_bytes(config, layout), token_bytes(config, layout, linear_bytes=1.0625)
-    matrices = 24 * 2880 * (4096 + 512 + 512 + 4096)
+    stored, narrow = token_bytes(config, layout), token_bytes(config, layout, int8_from=8)
+    matrices = 16 * 2880 * (4096 + 512 + 512 + 4096)
     assert stored.attention - narrow.attention == round(matrices * (2 - 1.0625))
     assert narrow.lm_head == round(2880 * 201088 * 1.0625)
     assert replace(narrow, attention=stored.attention, lm_head=stored.lm_head) == stored

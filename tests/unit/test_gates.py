@@ -35,7 +35,7 @@ def verdict(**changes: object) -> Verdict:
 def test_the_gates_of_the_targets() -> None:
     assert GATES["onnx"] == Gates(max_kl_mean=1e-9, max_logit_diff=1e-4, min_top1_agreement=1.0)
     assert GATES["ort-cpu"] == Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=1.0)
-    assert GATES["ort-cpu-int8"] == Gates(max_kl_mean=1e-2, max_logit_diff=8.0, min_top1_agreement=0.95)
+    assert GATES["ort-cpu-int8"] == Gates(max_kl_mean=1e-3, max_logit_diff=2.0, min_top1_agreement=0.99)
 
 
 def test_good_everywhere_passes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,14 @@ from safetensors.numpy import load_file
 from gptoss_export.engines.ort import quantize as quantize_module
 from gptoss_export.engines.ort.build import int8_bytes
 from gptoss_export.engines.ort.lower_int8 import lower_int8
-from gptoss_export.engines.ort.quantize import Matrix, int8_matrices, plan_file, quantize, write_file
+from gptoss_export.engines.ort.quantize import (
+    Matrix,
+    first_int8_layer,
+    int8_matrices,
+    plan_file,
+    quantize,
+    write_file,
+)
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.safetensors_header import read_header
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout, TensorRef
@@ -153,12 +161,17 @@ def test_every_layout_gives_the_same_file(tiny_layouts: dict[Layout, Path], tmp_
 
 def test_what_is_quantised(tiny: Checkpoint) -> None:
     matrices = int8_matrices(tiny)
-    per_layer = [(f"model.layers.{n}.self_attn.{name}", shape) for n in range(4) for name, shape in SHAPES]
+    per_layer = [(f"model.layers.{n}.self_attn.{name}", shape) for n in (2, 3) for name, shape in SHAPES]
     assert [(m.name, (m.rows, m.columns)) for m in matrices] == [*per_layer, ("lm_head", (2048, 192))]
     left = tiny.tensors.keys() - {name for m in matrices for name in m.replaced}
-    assert "model.embed_tokens.weight" in left and "model.layers.0.self_attn.o_proj.bias" in left
-    assert not any(".q_proj." in name or ".k_proj." in name or ".v_proj." in name for name in left)
+    assert "model.embed_tokens.weight" in left and "model.layers.2.self_attn.o_proj.bias" in left
+    parts = {name for name in left if re.search(r"\.[qkv]_proj\.", name)}
+    assert len(parts) == 12 and all(name.startswith(("model.layers.0.", "model.layers.1.")) for name in parts)
     assert "lm_head.weight" not in left and "model.layers.3.self_attn.o_proj.weight" not in left
+
+
+def test_a_third_of_the_layers_stays_as_stored() -> None:
+    assert [first_int8_layer(n) for n in (1, 2, 3, 4, 24, 36)] == [1, 1, 1, 2, 8, 12]
 
 
 SHAPES = [("qkv_proj", (384, 192)), ("o_proj", (192, 256))]
@@ -203,11 +216,11 @@ def lowered(graph: ir.Model, checkpoint: Checkpoint) -> ir.Model:
 def test_the_graph_reads_int8_and_nothing_else_changes(tiny: Checkpoint, tiny_graph: ir.Model) -> None:
     model = lowered(tiny_graph, tiny)
     count: Callable[[str], int] = lambda op: sum(node.op_type == op for node in model.graph)  # noqa: E731
-    assert (count("LinearInt8"), count("LinearInt8NoBias"), count("Split")) == (8, 1, 4)
-    assert count("Linear") == count("LinearNoBias") == 0
+    assert (count("LinearInt8"), count("LinearInt8NoBias"), count("Split")) == (4, 1, 2)
+    assert (count("Linear"), count("LinearNoBias")) == (8, 0)
     before = {v.name: (v.shape, v.dtype) for node in tiny_graph.graph for v in node.outputs}
     after = {v.name: (v.shape, v.dtype) for node in model.graph for v in node.outputs}
-    stacked = {f"model.layers.{n}.self_attn.qkv_proj" for n in range(4)}
+    stacked = {f"model.layers.{n}.self_attn.qkv_proj" for n in (2, 3)}
     assert after.keys() - before.keys() == stacked and before.keys() <= after.keys()
     assert all(after[name] == before[name] for name in before)
     assert [v.name for v in model.graph.outputs] == [v.name for v in tiny_graph.graph.outputs]
@@ -229,7 +242,7 @@ def test_a_weight_that_something_else_reads_is_refused(tiny: Checkpoint, tiny_gr
 def test_q_k_and_v_of_different_inputs_are_refused(tiny: Checkpoint, tiny_graph: ir.Model) -> None:
     model = tiny_graph.clone()
     v = next(node for node in model.graph if node.name == "model.layers.2.self_attn.v_proj")
-    other = next(node for node in model.graph if node.name == "model.layers.1.self_attn.v_proj")
+    other = next(node for node in model.graph if node.name == "model.layers.3.self_attn.v_proj")
     v.replace_input_with(0, other.inputs[0])
     with pytest.raises(GraphError, match=r"layers\.2\.self_attn\.qkv_proj has parts with different inputs"):
         lower_int8(model, int8_matrices(tiny))
@@ -239,6 +252,6 @@ def test_the_header_is_plain_json_in_a_fixed_order(tiny: Checkpoint, tmp_path: P
     file = plan_file(int8_matrices(tiny), tmp_path / "x")
     assert len(file.header) % 64 == 0
     fields = json.loads(file.header[8:])
-    first = "model.layers.0.self_attn.qkv_proj"
+    first = "model.layers.2.self_attn.qkv_proj"
     assert list(fields)[:3] == [f"{first}.weight_int8", f"{first}.weight_scales", f"{first}.bias"]
     assert (fields["lm_head.weight_int8"]["dtype"], fields["lm_head.weight_int8"]["shape"]) == ("I8", [2048, 192])

@@ -27,7 +27,7 @@ inline float exponential(float x) {
   p = std::fma(p, r, 5.0000001201e-1f);
   const float mantissa = std::fma(p, r * r, r) + 1.0f;
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
-  return mantissa * bit_cast<float>((exponent < 0 ? 0 : exponent) << 23);
+  return mantissa * bit_cast<float>(static_cast<uint32_t>(exponent < 0 ? 0 : exponent) << 23);
 }
 
 inline float widened(uint16_t bf16) { return bit_cast<float>(static_cast<uint32_t>(bf16) << 16); }

@@ -153,9 +153,12 @@ void integer_matmul(const Format& w, int64_t begin, int64_t end, const void* act
   if (tokens == 2) return integer_stream<V, Format, 2>(w, begin, end, x, token_bytes, y, ldy);
   if (tokens == 3) return integer_stream<V, Format, 3>(w, begin, end, x, token_bytes, y, ldy);
   if (tokens == 4) return integer_stream<V, Format, 4>(w, begin, end, x, token_bytes, y, ldy);
-  for (int64_t t = 0; t < tokens; t += kTokenBlock)
+  // Blocks of one size: a short last one would expand the weights for little.
+  const int64_t blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
+  const int64_t block = ((tokens + blocks - 1) / blocks + V::kIntTokens - 1) / V::kIntTokens * V::kIntTokens;
+  for (int64_t t = 0; t < tokens; t += block)
     integer_panels<V>(w, begin, end, x + static_cast<size_t>(t) * token_bytes, token_bytes,
-                      tokens - t < kTokenBlock ? tokens - t : kTokenBlock, y + t * ldy, ldy,
+                      tokens - t < block ? tokens - t : block, y + t * ldy, ldy,
                       *static_cast<IntegerPanel<V>*>(scratch));
 }
 
