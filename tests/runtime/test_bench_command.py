@@ -94,7 +94,7 @@ def test_what_a_platform_does_not_report_is_null(
 ) -> None:
     monkeypatch.setattr(HostMeter, "bandwidth", lambda self: None)
     monkeypatch.setattr(machine, "process_memory", lambda: None)
-    monkeypatch.setattr(bench, "_LINEAR_BYTES", {})
+    monkeypatch.setattr(bench, "_STORED_TARGETS", ())
     found = run_json(capsys, release, *SMALL)
     schema.validate(found)
     assert found["bandwidth"] == {"before": None, "after": None}

@@ -229,14 +229,14 @@ def test_a_weight_that_is_not_finite_stops_the_export(
 ) -> None:
     source = tmp_path / "model"
     shutil.copytree(tiny_dir, source)
-    ref = tiny.tensors["model.layers.1.self_attn.k_proj.weight"]
+    ref = tiny.tensors["model.layers.2.self_attn.k_proj.weight"]
     file = source / ref.file.name
     data = bytearray(file.read_bytes())
     data[ref.offset + 2 * 192 : ref.offset + 2 * 192 + 2] = b"\x80\x7f"
     file.write_bytes(data)
     code, err = run(capsys, "--target", TARGET, "--model", source, "--output", tmp_path / "out", "--parity", "off")
     assert code == 29
-    assert "model.layers.1.self_attn.k_proj.weight: the weight in row 1, column 0 is inf" in err
+    assert "model.layers.2.self_attn.k_proj.weight: the weight in row 1, column 0 is inf" in err
     assert list(tmp_path.iterdir()) == [source]
 
 
