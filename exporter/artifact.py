@@ -39,8 +39,8 @@ REPORT_NAMES = ("parity.json", "parity.md")
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 4 << 20
 
-Verdict = Literal["pass", "fail", "not validated"]
-_VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "not validated")
+Verdict = Literal["pass", "fail", "not executed", "not validated"]
+_VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "not executed", "not validated")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
 
@@ -49,8 +49,9 @@ _T = TypeVar("_T")
 class ParityRecord:
     """The verdict and what it rests on.
 
-    effort: `quick` or `full`; report_sha256: the report's hash without its time stamp. Both are None exactly
-    when nothing was validated.
+    not executed: the graph keeps its gates, and the engine that was built from it was never run. effort:
+    `quick` or `full`; report_sha256: the report's hash without its time stamp. Both are None exactly when
+    nothing was validated.
     """
 
     verdict: Verdict

@@ -23,6 +23,9 @@
     |   +-- TargetUnavailableError    30  this host lacks what the target needs
     |   +-- GraphError                31  tracing, assembling or checking the graph failed
     |   +-- SessionError              32  the engine refused the model that was built
+    |   +-- EngineBuildError          33  TensorRT refused the graph, or its process died
+    |   +-- EngineMismatchError       34  an engine for another GPU, package or version than this host's
+    |   +-- WeightRangeError          35  a weight that the target's number format cannot hold
     +-- ArtifactError                     what lies, or should lie, in --output
     |   +-- OutputExistsError         40
     |   +-- WeightsModeError          41  hardlink or in-place where the folders do not allow it
@@ -35,6 +38,7 @@
     +-- ParityError
     |   +-- ParityFailedError         50  the artifact is not the model, by the gates of its target
     |   +-- NotValidatedError         51  a verdict was asked for, and none was ever made
+    |   +-- NotExecutedError          52  the engine was built and never run: only its graph was compared
     +-- PromptError                   60  prompts or token ids that this model cannot take
     +-- OutOfMemoryError              61  this machine's memory was not enough
 
@@ -146,6 +150,18 @@ class SessionError(BuildError):
     exit_code = 32
 
 
+class EngineBuildError(BuildError):
+    exit_code = 33
+
+
+class EngineMismatchError(BuildError):
+    exit_code = 34
+
+
+class WeightRangeError(BuildError):
+    exit_code = 35
+
+
 class ArtifactError(GptossExportError):
     """The output folder is not what it has to be."""
 
@@ -192,6 +208,10 @@ class ParityFailedError(ParityError):
 
 class NotValidatedError(ParityError):
     exit_code = 51
+
+
+class NotExecutedError(ParityError):
+    exit_code = 52
 
 
 class PromptError(GptossExportError):

@@ -10,11 +10,8 @@ rounded to the nearest integer, half to even. With s rounded up |q| <= 127, and 
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,18 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gptoss_export.engines.tensor_file import TensorFile, plan_tensor_file, write_tensor_file
 from gptoss_export.exporter.checkpoint.read import read_rows
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, TensorRef
 from gptoss_export.exporter.errors import NonFiniteWeightError
 from gptoss_export.exporter.ops.linear_int8 import BLOCK
-from gptoss_export.exporter.weights import disk_errors, write_all
 
 INT8_DIR = "int8"
 INT8_FILE = "linear.safetensors"
 
-_ITEMSIZE = {"I8": 1, "BF16": 2}
-_PADDING = "padding."
-_ALIGNMENT = 64
 _CHUNK_WEIGHTS = 1 << 20
 _LARGEST = 127
 
@@ -86,16 +80,6 @@ class Matrix:
         return tuple(ref.name for ref in (*self.weights, *(self.biases if self.stacks_biases else ())))
 
 
-@dataclass(frozen=True)
-class Int8File:
-    """A safetensors file before it is written: header with its length, places of the tensors, bytes in all."""
-
-    path: Path
-    header: bytes
-    tensors: Mapping[str, TensorRef]
-    nbytes: int
-
-
 def first_int8_layer(num_layers: int) -> int:
     """The layer from which on attention is in int8: what is rounded before it reaches the routers of all later layers.
 
@@ -124,48 +108,17 @@ def int8_matrices(checkpoint: Checkpoint) -> tuple[Matrix, ...]:
     return tuple(matrices)
 
 
-def plan_file(matrices: tuple[Matrix, ...], path: Path) -> Int8File:
-    """What `path` will hold: weights int8 [N, K], scales bfloat16 [N, K/32], stacked biases bfloat16 [N].
-
-    Every tensor begins at a multiple of 64 bytes. The format has no holes, so what fills them is a tensor.
-    """
-    tensors: list[TensorRef] = []
-    end = 0
-    for name, dtype, shape in chain.from_iterable(map(_stored, matrices)):
-        nbytes = _ITEMSIZE[dtype] * math.prod(shape)
-        tensors.append(TensorRef(name, name, path, dtype, shape, end, nbytes))
-        end += nbytes
-        if gap := -end % _ALIGNMENT:
-            tensors.append(TensorRef(f"{_PADDING}{end}", f"{_PADDING}{end}", path, "U8", (gap,), end, gap))
-            end += gap
-    fields = {
-        t.name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.nbytes]} for t in tensors
-    }
-    encoded = json.dumps(fields, separators=(",", ":")).encode()
-    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
-    header = len(encoded).to_bytes(8, "little") + encoded
-    placed = {t.name: replace(t, offset=t.offset + len(header)) for t in tensors if not t.name.startswith(_PADDING)}
-    return Int8File(path, header, placed, len(header) + end)
+def plan_file(matrices: tuple[Matrix, ...], path: Path) -> TensorFile:
+    """What `path` will hold: weights int8 [N, K], scales bfloat16 [N, K/32], stacked biases bfloat16 [N]."""
+    return plan_tensor_file(chain.from_iterable(map(_stored, matrices)), path)
 
 
-def write_file(matrices: tuple[Matrix, ...], file: Int8File) -> None:
+def write_file(matrices: tuple[Matrix, ...], file: TensorFile) -> None:
     """Reads the matrices a few rows at a time and writes `file`, which must not exist, with its folder.
 
-    Raises NonFiniteWeightError for an infinite or NaN weight, DiskSpaceError; what was written so far then stays for
-    the caller to remove.
+    Raises NonFiniteWeightError for an infinite or NaN weight, and what `write_tensor_file` raises.
     """
-    file.path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(file.path.name):
-        fd = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.posix_fallocate(fd, 0, file.nbytes)
-            write_all(fd, memoryview(file.header), 0)
-            for matrix in matrices:
-                for offset, data in _pieces(matrix, file.tensors):
-                    write_all(fd, data.reshape(-1).view(np.uint8).data, offset)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    write_tensor_file(file, chain.from_iterable(_pieces(matrix, file.tensors) for matrix in matrices))
 
 
 def quantize(weight: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[Any]]:

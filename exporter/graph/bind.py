@@ -24,7 +24,14 @@ def bind(model: ir.Model, folders: Mapping[str, Mapping[str, TensorRef]]) -> Non
     """
     import onnx_ir as ir
 
-    types = {"BF16": ir.DataType.BFLOAT16, "U8": ir.DataType.UINT8, "I8": ir.DataType.INT8}
+    types = {
+        "BF16": (ir.DataType.BFLOAT16,),
+        "F16": (ir.DataType.FLOAT16,),
+        "F32": (ir.DataType.FLOAT,),
+        "I8": (ir.DataType.INT8,),
+        # A graph for an engine without unsigned bytes reads the same bytes as signed ones.
+        "U8": (ir.DataType.UINT8, ir.DataType.INT8),
+    }
     places = {name: (folder, tensor) for folder, tensors in folders.items() for name, tensor in tensors.items()}
     weights = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
     if difference := weights.keys() ^ places.keys():
@@ -36,7 +43,7 @@ def bind(model: ir.Model, folders: Mapping[str, Mapping[str, TensorRef]]) -> Non
     for name, value in weights.items():
         folder, tensor = places[name]
         assert value.shape is not None
-        if value.dtype != types[tensor.dtype] or tuple(value.shape) != tensor.shape:
+        if value.dtype not in types[tensor.dtype] or tuple(value.shape) != tensor.shape:
             raise GraphError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, {value.dtype} {value.shape} in the graph",
                 "Report this with config.json; the graph was not traced for this checkpoint.",
@@ -45,7 +52,7 @@ def bind(model: ir.Model, folders: Mapping[str, Mapping[str, TensorRef]]) -> Non
             f"{folder}/{tensor.file.name}" if folder else tensor.file.name,
             tensor.offset,
             tensor.nbytes,
-            types[tensor.dtype],
+            value.dtype,
             shape=ir.Shape(tensor.shape),
             name=name,
         )

@@ -8,6 +8,7 @@ from gptoss_export.exporter.ops.dialect import DOMAIN, OPSET, VERSION, Op, with_
 from gptoss_export.exporter.ops.linear import LINEAR, LINEAR_NO_BIAS, LINEAR_QKV
 from gptoss_export.exporter.ops.linear_int8 import LINEAR_INT8, LINEAR_INT8_NO_BIAS
 from gptoss_export.exporter.ops.moe_experts import MOE_EXPERTS, MOE_EXPERTS_DENSE
+from gptoss_export.exporter.ops.moe_experts_mxfp4 import MOE_EXPERTS_MXFP4
 from gptoss_export.exporter.ops.moe_router import MOE_ROUTER
 from gptoss_export.exporter.ops.shared_sink_attention import SHARED_SINK_ATTENTION
 from gptoss_export.exporter.ops.sink_attention import ATTEND_WITH_SINKS, POSITION_BIAS, SINK_ATTENTION
@@ -24,6 +25,7 @@ OPS: tuple[Op, ...] = (
     MOE_ROUTER,
     MOE_EXPERTS,
     MOE_EXPERTS_DENSE,
+    MOE_EXPERTS_MXFP4,
     POSITION_BIAS,
     ATTEND_WITH_SINKS,
     SINK_ATTENTION,

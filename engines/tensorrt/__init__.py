@@ -1,0 +1,1 @@
+"""TensorRT: lowering, engines, and the experts as a plugin."""
