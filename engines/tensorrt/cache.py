@@ -78,7 +78,7 @@ class EngineCall:
     """One execution of the engine.
 
     input_ids, query_positions [B, S], logit_rows [R] int64: as the engine's inputs of these names; R is at least 1.
-    write_slot: the slot of the first new column. capacity: C, the slots that keys and values have to have.
+    write_slot: the slot of the first new column. capacity: how many slots the engine reads.
     kept: how many of the last columns the logits belong to; 0: one row was computed that nobody asked for.
     state: after the call.
     """
@@ -115,7 +115,6 @@ def plan_call(
     ids = np.ascontiguousarray(input_ids, np.int64)
     mask = np.ones_like(ids) if attention_mask is None else attention_mask
     query_positions = state.place(mask)
-    # Grown once for all of them: every growth copies the cache.
     capacity = capacity_for(state.length + new, limits.max_context)
     first_wanted = new - (keep or new)
     calls: list[EngineCall] = []
@@ -149,11 +148,16 @@ def run_calls(calls: tuple[EngineCall, ...], execute: Callable[[EngineCall], Log
 
 
 def capacity_for(columns: int, max_context: int) -> int:
-    """Slots for that many columns and the sink: few sizes, so that few CUDA graphs serve a text that grows."""
+    """Slots to be read for that many columns and the sink: few sizes, so few CUDA graphs serve a text that grows."""
     capacity = SMALLEST_CAPACITY
     while capacity < columns + 1:
         capacity *= 2
-    return min(capacity, max_context + 1)
+    return min(capacity, slots_for(max_context))
+
+
+def slots_for(max_context: int) -> int:
+    """C, the slots of a cache: the sink, a text of that length, and what makes it a multiple of SMALLEST_CAPACITY."""
+    return -(-(max_context + 1) // SMALLEST_CAPACITY) * SMALLEST_CAPACITY
 
 
 def _logit_rows(rows: int, new: int, kept: int) -> Tokens:

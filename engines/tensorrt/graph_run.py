@@ -6,7 +6,6 @@ emulated (`engines.tensorrt.emulate`), the experts run by their function body.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ class GraphRunner:
         if not isinstance(past, GraphCache) or past.state.rows != len(input_ids):
             raise foreign_cache()
         calls = plan_call(past.state, input_ids, mask, keep, self.limits)
-        values = self._grown(past.values, len(input_ids), calls[0].capacity)
+        values = past.values or self._empty(len(input_ids))
 
         def execute(call: EngineCall) -> Logits:
             nonlocal values
@@ -84,22 +83,14 @@ class GraphRunner:
         logits, *presents = self._session.run_with_ort_values(self._outputs, feeds | self._weights)
         return logits.numpy(), tuple(presents)
 
-    def _grown(self, values: tuple[Any, ...], rows: int, capacity: int) -> tuple[Any, ...]:
-        """The caches with `capacity` slots, those that are new being zero."""
+    def _empty(self, rows: int) -> tuple[Any, ...]:
         import onnxruntime as ort
 
-        if values and values[0].shape()[2] >= capacity:
-            return values
-        grown = []
-        for i, cache in enumerate(self._caches):
-            _, heads, _, dim = cache.shape
-            wide = np.zeros((rows, int(heads), capacity, int(dim)), _NUMPY[cache.type])
-            if values:
-                old = _as_numpy(values[i], wide.dtype)
-                wide[:, :, : old.shape[2]] = old
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(wide, _ONNX[cache.type])
-            grown.append(value)
-        return tuple(grown)
+        values = []
+        for cache in self._caches:
+            zeros = np.zeros((rows, *cache.shape[1:]), _NUMPY[cache.type])
+            values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX[cache.type]))
+        return tuple(values)
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": np.uint16}
@@ -140,13 +131,3 @@ def _weight(folder: Path, entry: EngineInput) -> Any:
     with open_regular(folder / entry.file) as f:
         mapped = np.memmap(f, dtype=dtype, mode="c", offset=entry.offset, shape=entry.shape)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(mapped, onnx_type)
-
-
-def _as_numpy(value: Any, dtype: Any) -> Any:
-    """An OrtValue's elements; those of bfloat16 as their bits."""
-    if dtype != np.uint16:
-        return value.numpy()
-    count = int(np.prod(value.shape()))
-    return np.ctypeslib.as_array(ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16)), (count,)).reshape(
-        value.shape()
-    )

@@ -1,13 +1,14 @@
 """The canonical graph becomes the one that TensorRT builds: standard operators of opset 24, and one plugin.
 
-    inputs   input_ids [B, S], query_positions [B, S], key_positions [B, C], write_index [B], logit_rows [R], all int64;
+    inputs   input_ids [B, S], query_positions [B, S], key_positions [B, L], write_index [B], logit_rows [R], all int64;
              past_key_values.N.key / .value [B, kv_heads, C, D] of the target's type; external weights by name
     outputs  logits [R, vocab] float32, present.N.key / .value like the past, which an engine updates in place
 
 Tokens are rows, T = B S of them. Residual, norms, RoPE, router, softmax and logits are float32; matrices and attention
 have the target's type, in the graph itself, since TensorRT's networks are strongly typed. Slot 0 of the cache is the
 sink: its key and value are zero, so its score is what the mask adds, the sink's logit of each head, and it brings
-nothing but its share of the denominator. Masks come from positions, as everywhere in the dialect.
+nothing but its share of the denominator. Masks come from positions, as everywhere in the dialect. C, the slots of a
+cache, is fixed, since TensorRT updates no others; attention reads the first L of them, as many as key_positions name.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ SINK_POSITION = -2
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def lower(model: ir.Model, precision: Precision, *, external_weights: bool) -> ir.Model:
+def lower(model: ir.Model, precision: Precision, *, slots: int, external_weights: bool) -> ir.Model:
     """The lowered form of a canonical model, which is changed.
 
-    external_weights: whether experts and embedding are inputs. Raises GraphError for operators that are not lowered,
-    such as experts in bfloat16.
+    slots: C. external_weights: whether experts and embedding are inputs. Raises GraphError for operators that are not
+    lowered, such as experts in bfloat16.
     """
-    return _Lowering(model, precision).run(external_weights)
+    return _Lowering(model, precision, slots).run(external_weights)
 
 
 def is_external(name: str) -> bool:
@@ -49,7 +50,8 @@ def is_external(name: str) -> bool:
 class _Lowering:
     """Rewrites one model."""
 
-    def __init__(self, model: ir.Model, precision: Precision) -> None:
+    def __init__(self, model: ir.Model, precision: Precision, slots: int) -> None:
+        self._slots = slots
         self._model, self._graph = model, model.graph
         self._type = ir.DataType[precision.onnx_type]
         self._lowest = LOWEST[precision]
@@ -61,7 +63,7 @@ class _Lowering:
         i64 = ir.DataType.INT64
         self._forget_shapes()
         self._query = ir.val("query_positions", i64, ("batch_size", "sequence_length"))
-        self._key = ir.val("key_positions", i64, ("batch_size", "cache_slots"))
+        self._key = ir.val("key_positions", i64, ("batch_size", "read_slots"))
         self._write = ir.val("write_index", i64, ("batch_size",))
         self._rows = ir.val("logit_rows", i64, ("logit_count",))
         self._positions_become_inputs()
@@ -114,6 +116,7 @@ class _Lowering:
     def _positions_become_inputs(self) -> None:
         for node in self._graph:
             if node.domain == DOMAIN and node.op_type == "SinkAttention":
+                self._head_dim = _fixed(node.inputs[3], 3)
                 olds = node.inputs[6:8]
                 news = (self._query, self._key)
                 ir.convenience.replace_all_uses_with([v for v in olds if v is not None], news)
@@ -173,22 +176,33 @@ class _Lowering:
         heads, kv = (node.attributes[name].as_int() for name in ("num_heads", "kv_heads"))
         window, scale = node.attributes["window"].as_int(), node.attributes["scale"].as_float()
         v4 = self._heads_first(v, kv, f"{node.name}.v_heads")
-        caches = []
+        caches, read, bounds = [], [], self._read_bounds()
         for past, new, present in ((past_key, k, node.outputs[1]), (past_value, v4, node.outputs[2])):
             assert past is not None
             cache = self._emit(
                 "TensorScatter", [past, new, self._write], f"{present.name}.update", {"axis": 2}, self._type
             )
             for value in (past, cache):
-                value.dtype, value.shape = self._type, _slots(past.shape)
+                value.dtype, value.shape = self._type, self._cache_shape(past)
             caches.append(cache)
+            read.append(self._emit("Slice", [cache, *bounds], f"{present.name}.read", dtype=self._type))
         mask = self._mask(sinks, window, heads, node.name)
-        attributes = {"scale": scale, "softmax_precision": int(ir.DataType.FLOAT)}
-        y = self._emit("Attention", [q, *caches, mask], f"{node.name}.attention", attributes, self._type)
+        attributes = {"scale": scale}
+        y = self._emit("Attention", [q, *read, mask], f"{node.name}.attention", attributes, self._type)
         last = self._emit("Transpose", [y], f"{node.name}.heads_last", {"perm": [0, 2, 1, 3]}, self._type)
-        rows = self._constant(f"{node.name}.row_shape", [-1, heads * _fixed(past_key, 3)])
+        rows = self._constant(f"{node.name}.row_shape", [-1, heads * self._head_dim])
         out = self._emit("Reshape", [last, rows], f"{node.name}.rows", dtype=self._type)
         self._put.replace(node, out, *caches)
+
+    def _cache_shape(self, past: ir.Value) -> ir.Shape:
+        assert past.shape is not None
+        batch, heads, _, dim = past.shape
+        return ir.Shape([batch, heads, self._slots, dim])
+
+    def _read_bounds(self) -> list[ir.Value]:
+        """Start, end and axis of the slots that attention reads."""
+        end = self._once("read_slots", lambda: self._emit("Shape", [self._key], "read_slots", {"start": 1, "end": 2}))
+        return [self._constant("slot_0", [0]), end, self._constant("slot_axis", [2])]
 
     def _mask(self, sinks: ir.Value | None, window: int, heads: int, name: str | None) -> ir.Value:
         """[B, heads, S, C] of the target's type: the sink's logit in its slot, 0 for what is seen, lowest elsewhere."""
@@ -261,19 +275,14 @@ class _Lowering:
     def _heads_first(self, x: ir.Value | None, heads: int, name: str) -> ir.Value:
         """[T, heads D] -> [B, heads, S, D]."""
         tokens = self._once("token_dims", lambda: self._emit("Shape", [self._query], "token_dims"))
-        count = self._constant(f"heads_{heads}", [heads, -1])
+        # Written out: TensorRT wants the size of a head while it parses.
+        count = self._constant(f"heads_{heads}", [heads, self._head_dim])
         split = self._once(
             f"split_{heads}", lambda: self._emit("Concat", [tokens, count], f"split_{heads}", {"axis": 0})
         )
         assert x is not None
         last = self._emit("Reshape", [x, split], f"{name}.last", dtype=x.dtype)
         return self._emit("Transpose", [last], name, {"perm": [0, 2, 1, 3]}, x.dtype)
-
-
-def _slots(shape: ir.Shape | None) -> ir.Shape:
-    assert shape is not None
-    batch, heads, _, dim = shape
-    return ir.Shape([batch, heads, "cache_slots", dim])
 
 
 def _fixed(value: ir.Value | None, axis: int) -> int:

@@ -1,9 +1,9 @@
 """MoEExpertsMXFP4: MoEExperts as TensorRT takes it, as a plugin or by a body that its parser knows.
 
 What differs from MoEExperts: TensorRT has no 8-bit unsigned type, so blocks and scales are the checkpoint's bytes read
-as int8; x has the target's type, and what goes into the second matrix is rounded to it; tokens are rows. The body asks
-every expert about every token, since TensorRT can neither count nor index by what it counted (NonZero): it is the
-definition, and slow.
+as int8; x has the target's type, and what goes into the second matrix is rounded to it; tokens are rows. The body asks every expert
+about every token, since TensorRT's parser can neither count nor index by what it counted (NonZero), and all of them at
+once, since its builder dies on three loops in a float32 network: a definition to test against, not to ship.
 """
 
 from __future__ import annotations
@@ -18,72 +18,76 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """What a node says so that TensorRT's parser looks for the plugin before it takes the body."""
 
 
-def _matrix(name: str) -> str:
-    """Nodes that decode matrix e, [rows, K] float32, and take its bias [rows]."""
+def _bytes(name: str, stored: str) -> str:
+    """Nodes that read `stored`, int8, as the bytes 0 to 255 that it was bit-cast from, int32."""
     return f"""
-            {name}_bytes = Gather <axis = 0> ({name}_blocks, e)
-            {name}_signed = Cast <to = 6> ({name}_bytes)
-            {name}_shifted = Add ({name}_signed, byte_values)
-            {name}_codes = Mod <fmod = 0> ({name}_shifted, byte_values)
-            {name}_values = Gather <axis = 0> (byte_table, {name}_codes)
-            {name}_exponents = Gather <axis = 0> ({name}_scales, e)
-            {name}_signed_exponents = Cast <to = 6> ({name}_exponents)
-            {name}_shifted_exponents = Add ({name}_signed_exponents, byte_values)
-            {name}_exponent_codes = Mod <fmod = 0> ({name}_shifted_exponents, byte_values)
-            {name}_factors = Gather <axis = 0> (scale_table, {name}_exponent_codes)
-            {name}_factors_4d = Unsqueeze ({name}_factors, last_axes)
-            {name}_scaled = Mul ({name}_values, {name}_factors_4d)
-            {name}_w = Reshape ({name}_scaled, matrix_shape)
-            {name}_b_stored = Gather <axis = 0> ({name}_bias, e)
-            {name}_b = Cast <to = 1> ({name}_b_stored)"""
+        {name}_signed = Cast <to = 6> ({stored})
+        {name}_shifted = Add ({name}_signed, byte_values)
+        {name}_codes = Mod <fmod = 0> ({name}_shifted, byte_values)"""
+
+
+def _matrices(name: str) -> str:
+    """Nodes that decode the matrices of all experts, transposed, [E, K, rows] float32; biases [E, 1, rows]."""
+    return f"""{_bytes(f"{name}_blocks", f"{name}_blocks")}
+        {name}_values = Gather <axis = 0> (byte_table, {name}_blocks_codes)
+        {_bytes(f"{name}_scales", f"{name}_scales")}
+        {name}_factors = Gather <axis = 0> (scale_table, {name}_scales_codes)
+        {name}_factors_5d = Unsqueeze ({name}_factors, value_axes)
+        {name}_scaled = Mul ({name}_values, {name}_factors_5d)
+        {name}_w = Reshape ({name}_scaled, matrix_shape)
+        {name}_w_t = Transpose <perm = [0, 2, 1]> ({name}_w)
+        {name}_b_float = Cast <to = 1> ({name}_bias)
+        {name}_b = Unsqueeze ({name}_b_float, row_axis)"""
 
 
 _BODY = f"""<swiglu_alpha, swiglu_limit>
     (x, weights, experts, gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias) => (y) {{
-        one = Constant <value_ints = [1]> ()
-        yes = Constant <value = bool {{1}}> ()
-        tokens = Cast <to = 1> (x)
-        E_vector = Shape <start = 0, end = 1> (gate_up_bias)
-        E = Squeeze (E_vector)
-        dims = Shape (tokens)
-        nothing = ConstantOfShape <value = float[1] {{0}}> (dims)
+        value_axes = Constant <value_ints = [3, 4]> ()
+        row_axis = Constant <value_ints = [1]> ()
+        matrix_shape = Constant <value_ints = [0, 0, -1]> ()
+        pair_shape = Constant <value_ints = [0, 0, -1, 2]> ()
+        first_axis = Constant <value_ints = [0]> ()
+        last_axis = Constant <value_ints = [-1]> ()
+        other_axes = Constant <value_ints = [1, 2]> ()
+        first = Constant <value_int = 0> ()
+        second = Constant <value_int = 1> ()
         zero = Constant <value_float = 0.0> ()
+        one = Constant <value_float = 1.0> ()
         alpha = Constant <value_float: float = @swiglu_alpha> ()
         limit = Constant <value_float: float = @swiglu_limit> ()
         low = Neg (limit)
-        one_float = Constant <value_float = 1.0> ()
-        last_axes = Constant <value_ints = [2, 3]> ()
-        matrix_shape = Constant <value_ints = [0, -1]> ()
-        pair_shape = Constant <value_ints = [0, -1, 2]> ()
-        first = Constant <value_int = 0> ()
-        second = Constant <value_int = 1> ()
-        y = Loop (E, yes, nothing) <body = visit (int64 e, bool on, float[T, H] so_far)
-                => (bool on_out, float[T, H] so_far_out) {{
-            on_out = Identity (on)
-            e_int = Cast <to = 6> (e)
-            here = Equal (experts, e_int)
-            weights_here = Where (here, weights, zero)
-            weight = ReduceSum <keepdims = 1> (weights_here, one)
-            {_matrix("gate_up")}
-            h = Gemm <transB = 1> (tokens, gate_up_w, gate_up_b)
-            pairs = Reshape (h, pair_shape)
-            gate_raw = Gather <axis = 2> (pairs, first)
-            up_raw = Gather <axis = 2> (pairs, second)
-            gate = Min (gate_raw, limit)
-            up_low = Max (up_raw, low)
-            up = Min (up_low, limit)
-            steep = Mul (gate, alpha)
-            sigmoid = Sigmoid (steep)
-            glu = Mul (gate, sigmoid)
-            up_one = Add (up, one_float)
-            a_float = Mul (glu, up_one)
-            a_stored = CastLike (a_float, x)
-            a = Cast <to = 1> (a_stored)
-            {_matrix("down")}
-            out = Gemm <transB = 1> (a, down_w, down_b)
-            weighted = Mul (out, weight)
-            so_far_out = Add (so_far, weighted)
-        }}>
+
+        E_vector = Shape <start = 0, end = 1> (gate_up_bias)
+        E = Squeeze (E_vector)
+        ids = Range (first, E, second)
+        ids_int = Cast <to = 6> (ids)
+        ids_3d = Unsqueeze (ids_int, other_axes)
+        here = Equal (experts, ids_3d)
+        weights_here = Where (here, weights, zero)
+        weight = ReduceSum <keepdims = 1> (weights_here, last_axis)
+
+        tokens = Cast <to = 1> (x)
+        {_matrices("gate_up")}
+        products = MatMul (tokens, gate_up_w_t)
+        h = Add (products, gate_up_b)
+        pairs = Reshape (h, pair_shape)
+        gate_raw = Gather <axis = 3> (pairs, first)
+        up_raw = Gather <axis = 3> (pairs, second)
+        gate = Min (gate_raw, limit)
+        up_low = Max (up_raw, low)
+        up = Min (up_low, limit)
+        steep = Mul (gate, alpha)
+        sigmoid = Sigmoid (steep)
+        glu = Mul (gate, sigmoid)
+        up_one = Add (up, one)
+        a_float = Mul (glu, up_one)
+        a_stored = CastLike (a_float, x)
+        a = Cast <to = 1> (a_stored)
+        {_matrices("down")}
+        down_products = MatMul (a, down_w_t)
+        out = Add (down_products, down_b)
+        weighted = Mul (out, weight)
+        y = ReduceSum <keepdims = 0> (weighted, first_axis)
     }}"""
 
 _T = "T"
