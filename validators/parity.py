@@ -5,8 +5,9 @@
                       engine_description=Engine("onnxruntime", "1.31.1", "CPUExecutionProvider"))
     write_report(report, folder)
 
-The runner is fed the probes' own tokens whatever it answers, so that one wrong position does not spoil the
-next.
+A target in 16 bits also takes floor=measure_floor(checkpoint, reference, "float16"), or whichever dtype its
+gates are for. The runner is fed the probes' own tokens whatever it answers, so that one wrong position does
+not spoil the next.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from gptoss_export.engines.runner import KVCache, Logits, Runner, Step, Tokens
-from gptoss_export.exporter.errors import SessionError
+from gptoss_export.exporter.errors import NotValidatedError, SessionError
 from gptoss_export.exporter.progress import Progress, SilentProgress
-from gptoss_export.validators.gates import Gates, judge
+from gptoss_export.validators.floor import FloorRecord
+from gptoss_export.validators.gates import GatePolicy, judge
 from gptoss_export.validators.metrics import Accumulator
 from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.report.schema import (
@@ -51,15 +53,25 @@ def validate(
     *,
     target: str,
     effort: Effort,
-    gates: Gates,
+    gates: GatePolicy,
+    floor: FloorRecord | None = None,
     binding: Binding,
     engine_description: Engine,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Measures every scenario and judges it; the report's verdict says whether the artifact passed.
+    """Measures every scenario and judges it; the report's outcome says whether the artifact passed.
 
-    Raises SessionError when the engine answers with logits of a wrong shape, and whatever the runner raises.
+    floor: over the reference's probes, where the gates need one. Raises NotValidatedError, before anything
+    is run, for a floor that is missing, none, or over other probes; SessionError when the engine answers
+    with logits of a wrong shape; and whatever the runner raises.
     """
+    limits = gates.resolve(floor)
+    tokens = sum(len(probe.ids) for probe in reference.probes)
+    if floor is not None and floor.metrics.positions != tokens:
+        raise NotValidatedError(
+            f"the noise floor is over {floor.metrics.positions} positions, the probes are {tokens} tokens",
+            "Measure the floor with the reference that the artifact is compared with.",
+        )
     scenarios = tuple(measure(runner, reference, effort=effort, progress=progress))
     return ParityReport(
         schema_version=SCHEMA_VERSION,
@@ -73,8 +85,10 @@ def validate(
         sliding_window=reference.config.sliding_window,
         probes=tuple(ProbeRecord(p.name, len(p.ids), p.sha256) for p in reference.probes),
         scenarios=scenarios,
-        gates=gates,
-        verdict=judge({s.name: s.metrics for s in scenarios}, gates),
+        policy=gates,
+        floor=floor,
+        gates=limits,
+        verdict=judge({s.name: s.metrics for s in scenarios}, limits),
         binding=binding,
     )
 

@@ -3,6 +3,8 @@
     reference = run_reference(open_checkpoint(folder), default_probes(checkpoint, "quick"))
     reference.logits(0, 0, 32)          # [32, vocab] float32, of the first probe's first 32 positions
 
+In bfloat16 or float16 it is what `from_pretrained(dtype=...)` computes: no reference, but what rounding costs.
+
 The mathematics is transformers' alone: its GptOssModel.forward runs once over all probes, its eager
 attention and eager experts, its MXFP4 decoding and, for Hugging Face layouts, its reading of config.json.
 What is ours is only where the numbers lie: parameters stay on the meta device until their layer runs, and
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import GptOssConfig
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What transformers holds parameters and activations in."""
+
 BLOCK_POSITIONS = 64
 BLOCKS_KEPT = 3
 VOCABULARY_ROWS = 2048
@@ -40,9 +45,10 @@ VOCABULARY_ROWS = 2048
 class Reference:
     """The reference's last hidden states of every probe, and its logits on demand.
 
-    Hidden states are small (one [positions, hidden] float32 a probe). Logits are computed in blocks of
-    positions with the head read by slices of the vocabulary from its file, so that a head of 2.3 GB in
-    float32 is never whole in RAM; the last few blocks are kept, because parity reads positions in order.
+    Hidden states are small (one [positions, hidden] float32 a probe, exact whatever the dtype). Logits are
+    computed in dtype, in blocks of positions with the head read by slices of the vocabulary from its file,
+    so that a head of 2.3 GB in float32 is never whole in RAM; the last few blocks are kept, because parity
+    reads positions in order.
     """
 
     def __init__(
@@ -52,10 +58,12 @@ class Reference:
         hidden: Sequence[NDArray[np.float32]],
         lm_head: TensorRef,
         description: str,
+        dtype: Dtype = "float32",
     ) -> None:
         self.probes = tuple(probes)
         self.config = config
         self.description = description
+        self.dtype = dtype
         self._hidden = tuple(hidden)
         self._lm_head = lm_head
         self._blocks: OrderedDict[tuple[int, int], Logits] = OrderedDict()
@@ -91,18 +99,21 @@ class Reference:
     def _head(self, hidden: NDArray[np.float32]) -> Logits:
         import torch
 
-        x = torch.from_numpy(hidden)
+        kind = _torch_dtype(self.dtype)
+        x = torch.from_numpy(hidden).to(kind)
         out = np.empty((len(hidden), self.vocab_size), np.float32)
         with torch.inference_mode():
             for row in range(0, self.vocab_size, VOCABULARY_ROWS):
                 # Mapped anew each time: pages of a map count as resident for as long as it lives.
-                weight = _float32(read_tensor(self._lm_head)[row : row + VOCABULARY_ROWS])
-                out[:, row : row + VOCABULARY_ROWS] = torch.nn.functional.linear(x, weight).numpy()
+                weight = _as(kind, read_tensor(self._lm_head)[row : row + VOCABULARY_ROWS])
+                out[:, row : row + VOCABULARY_ROWS] = torch.nn.functional.linear(x, weight).float().numpy()
         return out
 
 
-def run_reference(checkpoint: Checkpoint, probes: Sequence[Probe], *, progress: Progress | None = None) -> Reference:
-    """Runs transformers' GptOss over all probes, as one batch padded on the right.
+def run_reference(
+    checkpoint: Checkpoint, probes: Sequence[Probe], *, dtype: Dtype = "float32", progress: Progress | None = None
+) -> Reference:
+    """Runs transformers' GptOss in `dtype` over all probes, as one batch padded on the right.
 
     Eager attention takes some 20 bytes * probes * heads * longest**2, which `default_probes` keeps small.
     Raises ConfigError when transformers refuses the config, PromptError for tokens that are none, or none of
@@ -119,22 +130,25 @@ def run_reference(checkpoint: Checkpoint, probes: Sequence[Probe], *, progress: 
         model = GptOssModel(config)
     model.train(False)
     model.rotary_emb = GptOssRotaryEmbedding(config)
-    model.norm.load_state_dict({"weight": _load(checkpoint, "model.norm.weight")}, assign=True)
+    load = _Loader(checkpoint, dtype)
+    model.norm.load_state_dict({"weight": load("model.norm.weight")}, assign=True)
 
     lengths = [len(probe.ids) for probe in probes]
-    embeds, mask = _embed(checkpoint, probes)
-    task = (progress or SilentProgress()).task("reference", total=len(model.layers))
+    embeds, mask = _embed(checkpoint, probes, load.dtype)
+    label = "reference" if dtype == "float32" else f"noise floor {dtype}"
+    task = (progress or SilentProgress()).task(label, total=len(model.layers))
     with torch.inference_mode(), task as layers_done:
         for index, layer in enumerate(model.layers):
-            _stream_layer(checkpoint, index, layer, layers_done)
+            _stream_layer(load, index, layer, layers_done)
         states = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = [np.array(states[row, :n].numpy()) for row, n in enumerate(lengths)]
+        hidden = [np.array(states[row, :n].float().numpy()) for row, n in enumerate(lengths)]
     return Reference(
         probes,
         checkpoint.config,
         hidden,
         checkpoint.tensors["lm_head.weight"],
-        f"transformers {transformers.__version__} GptOss, float32, eager, one layer at a time",
+        f"transformers {transformers.__version__} GptOss, {dtype}, eager, one layer at a time",
+        dtype,
     )
 
 
@@ -197,14 +211,34 @@ def _keys_for_transformers(config: ModelConfig) -> dict[str, object]:
     }
 
 
+class _Loader:
+    """Parameters by name, in the dtype that from_pretrained would give them."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Dtype) -> None:
+        import torch
+        from transformers import GptOssModel
+
+        self.tensors = checkpoint.tensors
+        self.dtype = _torch_dtype(dtype)
+        # As transformers has it: these modules stay in float32 when the model is asked for in float16 only.
+        keep = GptOssModel._keep_in_fp32_modules or [] if self.dtype is torch.float16 else []
+        self._in_float32 = frozenset(keep)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        import torch
+
+        kept = not self._in_float32.isdisjoint(name.split("."))
+        return _as(torch.float32 if kept else self.dtype, read_tensor(self.tensors[name]))
+
+
 class _ExpertSlices:
-    """Stands in for GptOssExperts.gate_up_proj or down_proj: indexed by expert, it gives [K, rows] float32.
+    """Stands in for GptOssExperts.gate_up_proj or down_proj: indexed by expert, it gives [K, rows] in dtype.
 
     gpt-oss' eager forward does nothing else with them, and only asks for experts that some token went to.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        tensors = checkpoint.tensors
+    def __init__(self, tensors: Mapping[str, TensorRef], name: str, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._stored = [tensors[n] for n in (name, f"{name}_blocks", f"{name}_scales") if n in tensors]
 
     def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
@@ -214,43 +248,43 @@ class _ExpertSlices:
         e = int(expert)
         stored = [read_tensor(ref)[e] for ref in self._stored]
         if len(stored) == 1:
-            return _float32(stored[0])
+            return _as(self._dtype, stored[0])
         # Every row goes in as an expert of one row: the function then has nothing to transpose, and the
         # transposition that it owes is a view, which saves 40 % of the time.
         blocks, scales = (torch.from_numpy(np.array(part)).unsqueeze(1) for part in stored)
-        decoded: torch.Tensor = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        decoded: torch.Tensor = convert_moe_packed_tensors(blocks, scales, dtype=self._dtype)
         return decoded.squeeze(-1).T
 
 
-def _stream_layer(checkpoint: Checkpoint, index: int, layer: torch.nn.Module, done: Task) -> None:
+def _stream_layer(load: _Loader, index: int, layer: torch.nn.Module, done: Task) -> None:
     """Has the layer's parameters loaded just before it runs and dropped just after."""
     prefix = f"model.layers.{index}."
     experts = layer.get_submodule("mlp.experts")
     for name in ("gate_up_proj", "down_proj"):
         delattr(experts, name)
-        setattr(experts, name, _ExpertSlices(checkpoint, f"{prefix}mlp.experts.{name}"))
+        setattr(experts, name, _ExpertSlices(load.tensors, f"{prefix}mlp.experts.{name}", load.dtype))
 
-    def load(*_: object) -> None:
-        layer.load_state_dict({n: _load(checkpoint, prefix + n) for n in layer.state_dict()}, assign=True)
+    def fill(*_: object) -> None:
+        layer.load_state_dict({n: load(prefix + n) for n in layer.state_dict()}, assign=True)
 
     def drop(*_: object) -> None:
         layer.to("meta")
         done.advance(1)
 
-    layer.register_forward_pre_hook(load)
+    layer.register_forward_pre_hook(fill)
     layer.register_forward_hook(drop)
 
 
-def _embed(checkpoint: Checkpoint, probes: Sequence[Probe]) -> tuple[torch.Tensor, torch.Tensor]:
+def _embed(checkpoint: Checkpoint, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The probes' rows of the embedding, zeros after their ends, and the mask that says so.
 
-    [probes, longest, hidden] float32 and [probes, longest] int64.
+    [probes, longest, hidden] in dtype and [probes, longest] int64.
     """
     import torch
 
     table = read_tensor(checkpoint.tensors["model.embed_tokens.weight"])
     longest = max(len(probe.ids) for probe in probes)
-    embeds = torch.zeros(len(probes), longest, table.shape[1])
+    embeds = torch.zeros(len(probes), longest, table.shape[1], dtype=dtype)
     mask = torch.zeros(len(probes), longest, dtype=torch.int64)
     for row, probe in enumerate(probes):
         if not all(0 <= token < len(table) for token in probe.ids):
@@ -258,18 +292,20 @@ def _embed(checkpoint: Checkpoint, probes: Sequence[Probe]) -> tuple[torch.Tenso
                 f"probe {probe.name!r} has token ids outside of the vocabulary of {len(table)}",
                 "Use the tokenizer of this checkpoint.",
             )
-        embeds[row, : len(probe.ids)] = _float32(table[list(probe.ids)])
+        embeds[row, : len(probe.ids)] = _as(dtype, table[list(probe.ids)])
         mask[row, : len(probe.ids)] = 1
     return embeds, mask
 
 
-def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    return _float32(read_tensor(checkpoint.tensors[name]))
+def _torch_dtype(dtype: Dtype) -> torch.dtype:
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def _float32(stored: NDArray[np.generic]) -> torch.Tensor:
-    """A bfloat16 array, whatever two-byte dtype it is held in, as float32: exact."""
+def _as(dtype: torch.dtype, stored: NDArray[np.generic]) -> torch.Tensor:
+    """A bfloat16 array, whatever two-byte dtype it is held in: exact in float32, rounded in float16."""
     import torch
 
     bits = torch.from_numpy(np.array(stored).view(np.uint16))  # a copy: torch wants memory that it may write
-    return bits.view(torch.bfloat16).to(torch.float32)
+    return bits.view(torch.bfloat16).to(dtype)

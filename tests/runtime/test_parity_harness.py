@@ -17,7 +17,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from gptoss_export.engines.runner import Step
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-from gptoss_export.exporter.errors import SessionError
+from gptoss_export.exporter.errors import NotValidatedError, SessionError
+from gptoss_export.validators.floor import FloorRecord, measure_floor
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.parity import validate
 from gptoss_export.validators.probes import default_probes
@@ -58,7 +59,7 @@ class TransformersRunner:
                     past_key_values=cache.rows[row],
                     use_cache=True,
                 )
-            logits[row, seen] = out.logits[0].numpy()
+            logits[row, seen] = out.logits[0].float().numpy()
         return Step(logits[:, -keep:] if keep else logits, RowCaches(cache.rows, cache.length + width))
 
 
@@ -72,25 +73,41 @@ def reference(checkpoint: Checkpoint) -> Reference:
     return run_reference(checkpoint, default_probes(checkpoint, "quick"))
 
 
+@pytest.fixture(scope="module")
+def floor(checkpoint: Checkpoint, reference: Reference) -> FloorRecord:
+    return measure_floor(checkpoint, reference, "bfloat16")
+
+
 @pytest.fixture
 def model(tiny_dir: Path) -> GptOssForCausalLM:
     """A model of its own for every test, because the tests spoil it."""
+    return load_model(tiny_dir, torch.float32)
+
+
+def load_model(tiny_dir: Path, dtype: torch.dtype) -> GptOssForCausalLM:
     return GptOssForCausalLM.from_pretrained(
         tiny_dir,
-        dtype=torch.float32,
+        dtype=dtype,
         quantization_config=Mxfp4Config(dequantize=True),
         attn_implementation="eager",
         experts_implementation="eager",
     ).eval()
 
 
-def run(runner: object, reference: Reference, effort: str = "quick") -> ParityReport:
+def run(
+    runner: object,
+    reference: Reference,
+    effort: str = "quick",
+    gates: str = "onnx",
+    floor: FloorRecord | None = None,
+) -> ParityReport:
     return validate(
         runner,
         reference,
         target="ort-cpu",
         effort=effort,
-        gates=GATES["onnx"],
+        gates=GATES[gates],
+        floor=floor,
         binding=BINDING,
         engine_description=ENGINE,
     )
@@ -215,6 +232,41 @@ def test_a_model_that_is_slightly_another_fails(
     assert not report.verdict.passed
     # Wrong in the weights or the mathematics: wrong however it is asked.
     assert {"prefill", "decode", "chunked", "padded-left", "padded-right"} <= failing(report)
+
+
+def test_transformers_in_bf16_keeps_the_gates_of_its_own_noise_floor_and_no_others(
+    tiny_dir: Path, reference: Reference, floor: FloorRecord
+) -> None:
+    rounded = TransformersRunner(load_model(tiny_dir, torch.bfloat16))
+    report = run(rounded, reference, gates="trt-bf16", floor=floor)
+    assert report.outcome == "pass", report.verdict
+    assert (report.floor, report.policy) == (floor, GATES["trt-bf16"])
+    assert report.gates.max_kl_mean == 3 * floor.metrics.kl_mean
+    assert from_json(to_json(report)) == report
+    assert failing(run(rounded, reference)) == set(SCENARIOS)
+
+
+def test_a_wrong_window_fails_by_the_noise_floor_too(tiny_dir: Path, reference: Reference, floor: FloorRecord) -> None:
+    model = load_model(tiny_dir, torch.bfloat16)
+    widen_window(model)
+    assert run(TransformersRunner(model), reference, gates="trt-bf16", floor=floor).outcome == "fail"
+
+
+class NeverRun:
+    vocab_size = 2048
+
+    def forward(self, *_):
+        pytest.fail("without a noise floor nothing is worth running")
+
+
+def test_without_a_noise_floor_of_these_probes_nothing_is_run(reference: Reference, floor: FloorRecord) -> None:
+    with pytest.raises(NotValidatedError, match="no noise floor"):
+        run(NeverRun(), reference, gates="trt-bf16")
+    with pytest.raises(NotValidatedError, match="no noise floor"):
+        run(NeverRun(), reference, gates="trt-fp16", floor=floor)
+    one_less = replace(floor.metrics, positions=68, agreements=floor.metrics.agreements - 1)
+    with pytest.raises(NotValidatedError, match="over 68 positions, the probes are 69 tokens"):
+        run(NeverRun(), reference, gates="trt-bf16", floor=replace(floor, metrics=one_less))
 
 
 class StalePosition(TransformersRunner):

@@ -97,6 +97,7 @@ def test_round_trip(folder: Path) -> None:
     [
         {"model": replace(MODEL, yarn=None)},
         {"parity": ParityRecord("not validated")},
+        {"parity": ParityRecord("not executed", "full", "2" * 64)},
         {"weights_dir": ".", "weights_mode": WeightsMode.IN_PLACE},
     ],
 )
@@ -148,6 +149,14 @@ def test_several_targets_are_named(folder: Path) -> None:
     assert str(folder) in caught.value.next_step
     assert artifact_folders(folder.parent) == [folder]
     assert artifact_folders(folder) == [folder]
+
+
+@pytest.mark.parametrize("missing", ["effort", "report_sha256"])
+def test_an_engine_that_was_not_executed_still_has_a_report(missing: str, folder: Path) -> None:
+    write_manifest(replace(manifest_of(folder), parity=ParityRecord("not executed", "quick", "2" * 64)), folder)
+    rewrite(folder, lambda raw: raw["parity"].update({missing: None}))
+    with pytest.raises(ManifestError, match="does not agree with the report"):
+        read_manifest(folder)
 
 
 def test_an_edited_verdict_is_noticed(folder: Path) -> None:
@@ -213,6 +222,7 @@ def test_names_that_are_no_path_inside(name: str, folder: Path) -> None:
         (("parity",), None),
         (("parity", "verdict"), "PASS"),
         (("parity", "verdict"), "not validated"),
+        (("parity", "verdict"), "graph only"),
         (("parity", "effort"), None),
         (("parity", "report_sha256"), "abc"),
         (("created_at",), "yesterday"),

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from gptoss_export.validators.gates import GATES, Failure, Gates, Verdict, judge
+from gptoss_export.exporter.errors import NotValidatedError
+from gptoss_export.validators.floor import FloorRecord
+from gptoss_export.validators.gates import EXACT, GATES, Failure, GatePolicy, Gates, Verdict, judge
 from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.scenarios import SCENARIOS
 
@@ -23,7 +25,21 @@ GOOD = Metrics(
     logit_diff_max=1e-5,
     non_finite=0,
 )
-LIMITS = GATES["onnx"]
+LIMITS = EXACT
+
+FLOOR = Metrics(
+    positions=400,
+    agreements=386,
+    ties=4,
+    disagreements=10,
+    kl_mean=1e-4,
+    kl_p99=5e-3,
+    kl_max=1e-2,
+    logit_diff_mean=6e-3,
+    logit_diff_max=0.5,
+    non_finite=0,
+)
+FP16 = GATES["trt-fp16"]
 
 
 def verdict(**changes: object) -> Verdict:
@@ -33,9 +49,90 @@ def verdict(**changes: object) -> Verdict:
 
 
 def test_the_gates_of_the_targets() -> None:
-    assert GATES["onnx"] == Gates(max_kl_mean=1e-9, max_logit_diff=1e-4, min_top1_agreement=1.0)
-    assert GATES["ort-cpu"] == Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=1.0)
-    assert GATES["ort-cpu-int8"] == Gates(max_kl_mean=1e-3, max_logit_diff=2.0, min_top1_agreement=0.99)
+    exact = {
+        "onnx": Gates(max_kl_mean=1e-9, max_logit_diff=1e-4, min_top1_agreement=1.0),
+        "ort-cpu": Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=1.0),
+        "ort-cpu-int8": Gates(max_kl_mean=1e-3, max_logit_diff=2.0, min_top1_agreement=0.99),
+        "trt-fp32": Gates(max_kl_mean=1e-8, max_logit_diff=1e-3, min_top1_agreement=1.0),
+    }
+    for target, gates in exact.items():
+        assert GATES[target].resolve(None) == gates
+        assert gates.spare_positions == 0
+    rounded = Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=0.99, spare_positions=1)
+    assert GATES["trt-fp16"] == GatePolicy(rounded, "float16", 3.0)
+    assert GATES["trt-bf16"] == GatePolicy(rounded, "bfloat16", 3.0)
+    assert len(GATES) == 6
+
+
+def test_gates_follow_from_the_floor() -> None:
+    gates = FP16.resolve(FloorRecord("float16", FLOOR))
+    assert (gates.max_kl_mean, gates.max_logit_diff) == pytest.approx((3e-4, 1.5), rel=1e-12)
+    assert gates.min_top1_agreement == pytest.approx(1 - 3 * 10 / 400, rel=1e-12)
+    assert gates.spare_positions == 1
+
+
+def test_a_small_floor_leaves_the_absolute_gates() -> None:
+    small = replace(FLOOR, agreements=400, ties=0, disagreements=0, kl_mean=0.0, logit_diff_max=0.0)
+    assert FP16.resolve(FloorRecord("float16", small)) == FP16.absolute
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"non_finite": 1}, "not finite"),
+        ({"positions": 0, "agreements": 0, "ties": 0, "disagreements": 0}, "no position"),
+        ({"kl_mean": None}, "no position"),
+        ({"logit_diff_max": None}, "no position"),
+        ({"kl_mean": math.nan}, "cannot be"),
+        ({"kl_mean": math.inf}, "cannot be"),
+        ({"kl_mean": -1e-9}, "cannot be"),
+        ({"logit_diff_max": math.nan}, "cannot be"),
+        ({"logit_diff_max": math.inf}, "cannot be"),
+        ({"agreements": 500}, "cannot be"),
+        ({"agreements": -9}, "cannot be"),
+        ({"kl_mean": 0.5}, "too far"),
+        ({"agreements": 320, "disagreements": 76}, "too far"),
+    ],
+)
+def test_a_floor_that_is_none_is_an_error_and_no_loose_gate(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(NotValidatedError, match=reason) as error:
+        FP16.resolve(FloorRecord("float16", replace(FLOOR, **changes)))
+    assert error.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("target", "floor", "reason"),
+    [
+        ("trt-fp16", None, "need one of float16, and none was"),
+        ("trt-bf16", None, "need one of bfloat16, and none was"),
+        ("trt-bf16", FloorRecord("float16", FLOOR), "need one of bfloat16, and one of float16 was"),
+        ("onnx", FloorRecord("float16", FLOOR), "need none, and one of float16 was"),
+    ],
+)
+def test_a_floor_of_another_type_or_none(target: str, floor: FloorRecord | None, reason: str) -> None:
+    with pytest.raises(NotValidatedError, match=reason):
+        GATES[target].resolve(floor)
+
+
+@pytest.mark.parametrize("factor", [0.0, -3.0, 0.99, math.nan, math.inf])
+def test_a_factor_that_gates_nothing_or_everything(factor: float) -> None:
+    with pytest.raises(ValueError, match="factor"):
+        GatePolicy(EXACT, "float16", factor)
+
+
+def test_spare_positions_are_for_scenarios_too_short_for_a_share() -> None:
+    limits = replace(LIMITS, min_top1_agreement=0.99, spare_positions=1)
+
+    def passes(positions: int, disagreements: int, gates: Gates) -> bool:
+        m = replace(GOOD, positions=positions, ties=0, agreements=positions - disagreements)
+        return judge(dict.fromkeys(SCENARIOS, replace(m, disagreements=disagreements)), gates).passed
+
+    assert passes(3, 1, limits)
+    assert not passes(3, 2, limits)
+    assert passes(200, 2, limits)
+    assert not passes(199, 2, limits)
+    assert not passes(3, 1, replace(limits, spare_positions=0))
+    assert passes(100, 1, replace(limits, spare_positions=0))
 
 
 def test_good_everywhere_passes() -> None:

@@ -14,14 +14,19 @@ def to_json(report: ParityReport) -> bytes:
 
     Raises ValueError for a NaN or an infinity, which JSON cannot hold and a report never contains.
     """
-    return _canonical(asdict(report))
+    return _canonical(_fields(report))
 
 
 def content_sha256(report: ParityReport) -> str:
     """Hash of everything but created_at, so that the same measurement has the same hash tomorrow."""
-    fields = asdict(report)
+    fields = _fields(report)
     del fields["created_at"]
     return hashlib.sha256(_canonical(fields)).hexdigest()
+
+
+def _fields(report: ParityReport) -> dict[str, object]:
+    """outcome is written out, so that no reader takes gates that were kept for an engine that was run."""
+    return {**asdict(report), "outcome": report.outcome}
 
 
 def _canonical(fields: dict[str, object]) -> bytes:

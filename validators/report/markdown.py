@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.report.json_writer import content_sha256
-from gptoss_export.validators.report.schema import ParityReport, ScenarioResult
+from gptoss_export.validators.report.schema import Engine, ParityReport, ScenarioResult
 
 LARGEST = 65_000
 ROWS_SHOWN = 60
 CELL = 160
+REASON = 400
+
+FIGURES = ("KL mean", "KL p99", "KL max", "logit diff mean", "logit diff max")
+COUNTS = ("same top-1", "ties", "other top-1", "non-finite")
 
 
 def to_markdown(report: ParityReport) -> str:
@@ -20,6 +25,7 @@ def to_markdown(report: ParityReport) -> str:
         _failures(report),
         _scenarios(report.scenarios),
         _gates(report),
+        _floor(report),
         _probes(report),
         _setting(report),
         _binding(report),
@@ -34,24 +40,37 @@ def to_markdown(report: ParityReport) -> str:
 def _verdict(report: ParityReport) -> str:
     """One line that says all: whether, for which target, over how much, and by how little or why not."""
     positions = sum(s.metrics.positions for s in report.scenarios)
-    if report.verdict.passed:
-        kl = max((s.metrics.kl_mean for s in report.scenarios if s.metrics.kl_mean is not None), default=None)
-        diff = max(
-            (s.metrics.logit_diff_max for s in report.scenarios if s.metrics.logit_diff_max is not None),
-            default=None,
-        )
+    engine, failures = report.engine, report.verdict.failures
+    kl = max((s.metrics.kl_mean for s in report.scenarios if s.metrics.kl_mean is not None), default=None)
+    diff = max(
+        (s.metrics.logit_diff_max for s in report.scenarios if s.metrics.logit_diff_max is not None), default=None
+    )
+    extent = f"over {positions} positions in {len(report.scenarios)} scenarios"
+    worst = f"(worst mean KL {_number(kl)}, worst logit difference {_number(diff)})"
+    if report.outcome == "pass":
+        return f"**PASS**: {_text(report.target)} is the model within its gates, {extent} {worst}."
+    if report.outcome == "not executed":
         return (
-            f"**PASS**: {_text(report.target)} is the model within its gates, over {positions} positions "
-            f"in {len(report.scenarios)} scenarios (worst mean KL {_number(kl)}, worst logit difference "
-            f"{_number(diff)})."
+            f"**NOT EXECUTED**: the graph passes (graph parity), the engine was not run: {_reason(engine)}. "
+            "Run `gptoss-export validate <folder>` on a host with an NVIDIA GPU. "
+            f"The graph of {_text(report.target)} keeps its gates, {extent} {worst}."
         )
-    failures = report.verdict.failures
     first = failures[0]
+    graph_only = (
+        f" Only the graph was run, by {_text(engine.ran_instead or '')}; the engine was not: {_reason(engine)}."
+        if engine.execution == "graph only"
+        else ""
+    )
     return (
         f"**FAIL**: {_text(report.target)} is not shown to be the model, over {positions} positions: "
         f"{len(failures)} gates not kept in {len({f.scenario for f in failures})} scenarios, first "
         f"{_text(first.gate)} in {_text(first.scenario)} ({_number(first.measured)}, limit {_number(first.limit)})."
+        f"{graph_only}"
     )
+
+
+def _reason(engine: Engine) -> str:
+    return _text(engine.not_executed_reason or "", REASON).rstrip(".")
 
 
 def _failures(report: ParityReport) -> str:
@@ -62,33 +81,51 @@ def _failures(report: ParityReport) -> str:
 
 
 def _scenarios(scenarios: Sequence[ScenarioResult]) -> str:
-    head = (
-        *("scenario", "calls", "positions", "KL mean", "KL p99", "KL max"),
-        *("logit diff mean", "logit diff max", "same top-1", "ties", "other top-1", "non-finite"),
-    )
-    rows = []
-    for s in scenarios:
-        m = s.metrics
-        figures = (m.kl_mean, m.kl_p99, m.kl_max, m.logit_diff_mean, m.logit_diff_max)
-        counts = (m.agreements, m.ties, m.disagreements, m.non_finite)
-        row = (s.name, str(s.calls), str(m.positions), *map(_number, figures), *map(str, counts))
-        rows.append(row)
+    rows = [(s.name, str(s.calls), *_figures(s.metrics)) for s in scenarios]
     return (
         "## Scenarios\n\nTeacher-forced, KL(reference || artifact) in nats. A tie is a position where the "
-        "reference itself holds both tokens equal.\n\n" + _table(head, rows)
+        "reference itself holds both tokens equal.\n\n"
+        + _table(("scenario", "calls", "positions", *FIGURES, *COUNTS), rows)
     )
+
+
+def _figures(m: Metrics) -> tuple[str, ...]:
+    """The cells of positions, FIGURES and COUNTS."""
+    figures = (m.kl_mean, m.kl_p99, m.kl_max, m.logit_diff_mean, m.logit_diff_max)
+    counts = (m.agreements, m.ties, m.disagreements, m.non_finite)
+    return (str(m.positions), *map(_number, figures), *map(str, counts))
 
 
 def _gates(report: ParityReport) -> str:
-    g = report.gates
+    g, a = report.gates, report.policy.absolute
+    relative = f"{report.policy.factor:g} x the noise floor"
+    spare = f", or all but {g.spare_positions} of a scenario's" if g.spare_positions else ""
+
+    def source(resolved: float, absolute: float) -> str:
+        return "absolute" if resolved == absolute else relative
+
     rows = [
-        ("mean KL, at most", _number(g.max_kl_mean)),
-        ("logit difference, at most", _number(g.max_logit_diff)),
-        ("top-1 agreement, ties aside, at least", f"{100 * g.min_top1_agreement:g} %"),
-        ("non-finite logits", "0"),
-        ("scenarios that did not run", "0"),
+        ("mean KL, at most", _number(g.max_kl_mean), source(g.max_kl_mean, a.max_kl_mean)),
+        ("logit difference, at most", _number(g.max_logit_diff), source(g.max_logit_diff, a.max_logit_diff)),
+        (
+            "top-1 agreement, ties aside, at least",
+            f"{100 * g.min_top1_agreement:.4g} %{spare}",
+            source(g.min_top1_agreement, a.min_top1_agreement),
+        ),
+        ("non-finite logits", "0", "absolute"),
+        ("scenarios that did not run", "0", "absolute"),
     ]
-    return "## Gates\n\nEvery scenario has to keep every one.\n\n" + _table(("gate", "limit"), rows)
+    return "## Gates\n\nEvery scenario has to keep every one.\n\n" + _table(("gate", "limit", "from"), rows)
+
+
+def _floor(report: ParityReport) -> str:
+    if report.floor is None:
+        return ""
+    return (
+        f"## Noise floor\n\nWhat rounding costs: transformers itself in {_text(report.floor.dtype)} against "
+        "transformers in float32, over every position of the probes.\n\n"
+        + _table(("positions", *FIGURES, *COUNTS), [_figures(report.floor.metrics)])
+    )
 
 
 def _probes(report: ParityReport) -> str:
@@ -102,9 +139,11 @@ def _probes(report: ParityReport) -> str:
 
 def _setting(report: ParityReport) -> str:
     engine, machine = report.engine, report.machine
+    ran = engine.execution if engine.ran_instead is None else f"{engine.execution}, by {engine.ran_instead}"
     rows = [
         ("reference", report.reference),
         ("engine", f"{engine.name} {engine.version}, {engine.provider}"),
+        ("execution", ran),
         ("effort", report.effort),
         ("machine", f"{machine.platform}, {machine.cpu}, {machine.cores} cores"),
         *((name, value) for name, value in sorted(report.versions.items())),
@@ -141,7 +180,7 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.3g}"
 
 
-def _text(value: str) -> str:
-    """Any string as one harmless piece of text in a table or a paragraph."""
+def _text(value: str, most: int = CELL) -> str:
+    """Any string as one harmless piece of text in a table or a paragraph, cut to `most` characters."""
     one_line = " ".join("".join(c if c.isprintable() else " " for c in value).split())
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", one_line[:CELL])
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", one_line[:most])

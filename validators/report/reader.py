@@ -1,4 +1,5 @@
-"""Reads parity.json without trusting it: types, invariants, and that the verdict follows from the metrics."""
+"""Reads parity.json without trusting it: types, invariants, and that gates, verdict and outcome follow from what
+was measured."""
 
 from __future__ import annotations
 
@@ -33,8 +34,13 @@ def from_json(data: bytes | str) -> ParityReport:
             raise _InvalidReport("it is no JSON object")
         if fields_.get("schema_version") != SCHEMA_VERSION:
             raise _InvalidReport(f"its schema_version is not {SCHEMA_VERSION!r}, the one that this version reads")
+        if "outcome" not in fields_:
+            raise _InvalidReport("outcome is missing")
+        outcome = fields_.pop("outcome")
         report = _read(ParityReport, fields_, "")
         _check(report)
+        if outcome != report.outcome:
+            raise _InvalidReport("its outcome does not follow from its verdict and from what was executed")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300] or "it is nested too deep"
         raise NotValidatedError(
@@ -100,14 +106,24 @@ def _check(report: ParityReport) -> None:
     if len(metrics) != len(report.scenarios):
         raise _InvalidReport("a scenario is there twice")
     for name, m in metrics.items():
-        _check_metrics(name, m)
+        _check_metrics(f"scenario {name}", m)
+    if report.floor is not None:
+        _check_metrics("the noise floor", report.floor.metrics)
+        if report.floor.metrics.positions != sum(probe.tokens for probe in report.probes):
+            raise _InvalidReport("its noise floor is over other positions than its probes")
     if judge(metrics, report.gates) != report.verdict:
         raise _InvalidReport("its verdict does not follow from its metrics and gates")
+    try:
+        gates = report.policy.resolve(report.floor)
+    except NotValidatedError as error:
+        raise _InvalidReport(error.what) from error
+    if gates != report.gates:
+        raise _InvalidReport("its gates do not follow from its policy and noise floor")
 
 
-def _check_metrics(name: str, m: Metrics) -> None:
+def _check_metrics(where: str, m: Metrics) -> None:
     if m.agreements + m.ties + m.disagreements != m.positions:
-        raise _InvalidReport(f"scenario {name}: agreements, ties and disagreements are not all positions")
+        raise _InvalidReport(f"{where}: agreements, ties and disagreements are not all positions")
     figures = (m.kl_mean, m.kl_p99, m.kl_max, m.logit_diff_mean, m.logit_diff_max)
     if any(figure is not None and figure < 0 for figure in figures):
-        raise _InvalidReport(f"scenario {name}: a divergence is negative")
+        raise _InvalidReport(f"{where}: a divergence is negative")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from gptoss_export.validators.gates import Gates, Verdict
+from gptoss_export.validators.floor import FloorRecord
+from gptoss_export.validators.gates import GatePolicy, Gates, Verdict
 from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.scenarios import Effort
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
+
+Execution = Literal["executed", "graph only"]
+Outcome = Literal["pass", "fail", "not executed"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Engine:
-    """What ran the artifact: `onnxruntime`, its version, and its provider."""
+    """The engine of the artifact (`onnxruntime`, its version, and its provider) and whether it ran.
+
+    graph only: the engine was built and not run; the metrics are of the graph that it was built from, which
+    ran_instead (such as `onnxruntime 1.31.1, CPUExecutionProvider`) ran, for not_executed_reason. Both are
+    None exactly when the engine itself ran; ValueError otherwise.
+    """
 
     name: str
     version: str
     provider: str
+    execution: Execution = "executed"
+    not_executed_reason: str | None = None
+    ran_instead: str | None = None
+
+    def __post_init__(self) -> None:
+        reasons = (self.not_executed_reason, self.ran_instead)
+        if self.execution == "executed" and any(reason is not None for reason in reasons):
+            raise ValueError("an engine that was executed has a reason why not, or another in its place")
+        if self.execution == "graph only" and not all(reason and reason.strip() for reason in reasons):
+            raise ValueError("an engine that was not executed lacks the reason, or what ran in its place")
 
 
 @dataclass(frozen=True)
@@ -59,8 +79,12 @@ class Binding:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """A measurement, its limits and its verdict. created_at (ISO 8601, UTC) is the one field that hashes
-    leave out."""
+    """A measurement, its limits and its verdict.
+
+    gates are policy.resolve(floor), and verdict follows from scenarios and gates: whether what was run keeps
+    its gates. What that means for the artifact is `outcome`. created_at (ISO 8601, UTC) is the one field that
+    hashes leave out.
+    """
 
     schema_version: str
     created_at: str
@@ -73,6 +97,16 @@ class ParityReport:
     sliding_window: int
     probes: tuple[ProbeRecord, ...]
     scenarios: tuple[ScenarioResult, ...]
+    policy: GatePolicy
+    floor: FloorRecord | None
     gates: Gates
     verdict: Verdict
     binding: Binding
+
+    @property
+    def outcome(self) -> Outcome:
+        """`pass` only for an engine that was run; a graph that passes alone is `not executed`, one that fails
+        `fail`."""
+        if not self.verdict.passed:
+            return "fail"
+        return "pass" if self.engine.execution == "executed" else "not executed"

@@ -1,0 +1,141 @@
+"""The noise floor: transformers in 16 bits, streamed, is transformers in 16 bits; and what that costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GptOssForCausalLM, Mxfp4Config
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
+
+from gptoss_export.exporter.checkpoint.open import open_checkpoint
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.errors import NotValidatedError
+from gptoss_export.validators.floor import FloorDtype, FloorRecord, measure_floor
+from gptoss_export.validators.gates import GATES
+from gptoss_export.validators.metrics import Accumulator
+from gptoss_export.validators.probes import Probe, default_probes
+from gptoss_export.validators.reference import Reference, run_reference
+
+DTYPES: tuple[FloorDtype, ...] = ("float16", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dir: Path) -> Checkpoint:
+    return open_checkpoint(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Checkpoint) -> Reference:
+    return run_reference(checkpoint, default_probes(checkpoint, "quick"))
+
+
+@pytest.fixture(scope="module")
+def floors(checkpoint: Checkpoint, reference: Reference) -> dict[str, FloorRecord]:
+    return {dtype: measure_floor(checkpoint, reference, dtype) for dtype in DTYPES}
+
+
+def plain_logits(tiny_dir: Path, dtype: FloorDtype, reference: Reference) -> list[np.ndarray]:
+    """Of the whole model, loaded in dtype as transformers loads it, over one batch padded on the right."""
+    model = GptOssForCausalLM.from_pretrained(
+        tiny_dir,
+        dtype=getattr(torch, dtype),
+        quantization_config=Mxfp4Config(dequantize=True),
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
+    lengths = [len(p.ids) for p in reference.probes]
+    ids = torch.tensor([[*p.ids, *[0] * (max(lengths) - len(p.ids))] for p in reference.probes])
+    mask = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
+    with torch.inference_mode():
+        logits = model(ids, attention_mask=mask).logits
+    assert logits.dtype == getattr(torch, dtype)
+    return [logits[row, :n].float().numpy() for row, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_what_transformers_computes_in_that_type(
+    dtype: FloorDtype,
+    tiny_dir: Path,
+    checkpoint: Checkpoint,
+    reference: Reference,
+    floors: dict[str, FloorRecord],
+) -> None:
+    streamed = run_reference(checkpoint, reference.probes, dtype=dtype)
+    apart, plain = Accumulator(), Accumulator()
+    for row, logits in enumerate(plain_logits(tiny_dir, dtype, reference)):
+        ours = streamed.logits(row, 0, len(logits))
+        assert ours.dtype == np.float32
+        np.testing.assert_array_equal(ours, torch.from_numpy(ours).to(getattr(torch, dtype)).float().numpy())
+        apart.add(logits, ours)
+        plain.add(reference.logits(row, 0, len(logits)), logits)
+    floor = floors[dtype].metrics
+    assert apart.metrics().kl_mean < 0.2 * floor.kl_mean
+    assert plain.metrics().kl_mean == pytest.approx(floor.kl_mean, rel=0.2)
+
+
+def test_what_rounding_costs(floors: dict[str, FloorRecord], reference: Reference) -> None:
+    fp16, bf16 = floors["float16"].metrics, floors["bfloat16"].metrics
+    for dtype, m in (("float16", fp16), ("bfloat16", bf16)):
+        assert floors[dtype].dtype == dtype
+        assert m.positions == sum(len(p.ids) for p in reference.probes)
+        assert m.non_finite == 0
+    assert 1e-6 < fp16.kl_mean < 3e-5
+    assert 1e-4 < bf16.kl_mean < 5e-3
+    assert fp16.logit_diff_max < bf16.logit_diff_max
+    gates = GATES["trt-fp16"].resolve(floors["float16"])
+    assert gates.max_kl_mean == 3 * fp16.kl_mean
+    assert GATES["trt-bf16"].resolve(floors["bfloat16"]).max_kl_mean == 3 * bf16.kl_mean
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_layer_in_the_types_that_transformers_would_have(
+    dtype: FloorDtype, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms stay in float32 in float16 only; experts, one at a time, are never wider than dtype."""
+    kind, seen, layers = getattr(torch, dtype), [], []
+    init, forward, experts = GptOssDecoderLayer.__init__, GptOssDecoderLayer.forward, GptOssExperts.forward
+
+    def remembering_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        layers.append(self)
+
+    def checking_forward(self, hidden_states, *args, **kwargs):
+        assert hidden_states.dtype == kind
+        assert [m for m in layers if not m.input_layernorm.weight.is_meta] == [self]
+        for name, parameter in self.named_parameters():
+            kept = dtype == "float16" and "norm" in name
+            assert parameter.dtype == (torch.float32 if kept else kind), name
+        return forward(self, hidden_states, *args, **kwargs)
+
+    def checking_experts(self, *args, **kwargs):
+        seen.append((self.gate_up_proj[torch.tensor(0)].dtype, self.down_proj[torch.tensor(0)].dtype))
+        return experts(self, *args, **kwargs)
+
+    monkeypatch.setattr(GptOssDecoderLayer, "__init__", remembering_init)
+    monkeypatch.setattr(GptOssDecoderLayer, "forward", checking_forward)
+    monkeypatch.setattr(GptOssExperts, "forward", checking_experts)
+    run = run_reference(checkpoint, [Probe("three", (1, 2, 3))], dtype=dtype)
+    assert seen == [(kind, kind)] * 4
+    assert run.dtype == dtype
+    assert f"GptOss, {dtype}, eager" in run.description
+
+
+def test_a_model_that_overflows_in_float16_has_no_floor(tiny_dir: Path, tmp_path: Path) -> None:
+    """As the 120b does, whose residual stream passes 65,504."""
+    tensors = {k: v for file in tiny_dir.glob("*.safetensors") for k, v in load_file(file).items()}
+    tensors["model.layers.2.self_attn.o_proj.bias"] += 70_000
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tiny_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    large = open_checkpoint(tmp_path)
+    reference = run_reference(large, [Probe("three", (1, 2, 3))])
+    assert np.isfinite(reference.logits(0, 0, 3)).all()
+    floor = measure_floor(large, reference, "float16")
+    assert floor.metrics.non_finite == 3 * 2048
+    with pytest.raises(NotValidatedError, match="no noise floor to judge by: transformers in float16 gives 6144"):
+        GATES["trt-fp16"].resolve(floor)
