@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_export.engines.build_info import BuildInfo
+from gptoss_export.engines.build_info import BuildInfo, BuildSettings, Execution
 from gptoss_export.engines.runner import Runner
+from gptoss_export.engines.tensorrt import target as tensorrt
+from gptoss_export.engines.tensorrt.flavor import find_flavor
+from gptoss_export.engines.tensorrt.precision import Precision
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import TargetUnavailableError
 
@@ -20,9 +24,11 @@ if TYPE_CHECKING:
 class Target:
     """One row of the table.
 
-    build: canonical graph, checkpoint, artifact folder and the weights' folder relative to it -> writes model.onnx.
+    build: canonical graph, checkpoint, artifact folder, the weights' folder in it, settings -> writes the model.
     open_runner: artifact folder, number of threads (None: all cores) -> a runner of the artifact as it lies on disk.
-    requires: what has to be importable for either.
+    requires: what has to be importable for either. check_host: raises TargetUnavailableError for what else is missing.
+    execution: what runs an artifact's folder on this host; where that is not its engine, stand_in runs its graph.
+    check: raises TargetUnavailableError for a checkpoint and settings that cannot be built here.
     own_bytes: how much the build writes of weights, beside the checkpoint's own files.
     kernels: finds the installed library of its kernels, or raises TargetUnavailableError; None if it uses none.
     """
@@ -31,9 +37,13 @@ class Target:
     summary: str
     engine: str
     requires: tuple[str, ...]
-    build: Callable[[ir.Model, Checkpoint, Path, str], BuildInfo]
+    build: Callable[[ir.Model, Checkpoint, Path, str, BuildSettings], BuildInfo]
     open_runner: Callable[[Path, int | None], Runner]
-    own_bytes: Callable[[Checkpoint], int] = lambda _: 0
+    execution: Callable[[Path], Execution]
+    check_host: Callable[[], object] = lambda: None
+    stand_in: Callable[[Path, int | None], Runner] | None = None
+    check: Callable[[Checkpoint, BuildSettings], None] = lambda checkpoint, settings: None
+    own_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
     kernels: Callable[[], Path] | None = None
 
     def check_available(self) -> None:
@@ -46,6 +56,7 @@ class Target:
                 f"target {self.name} needs {', '.join(missing)}, which this Python has not",
                 f"pip install {' '.join(missing)}",
             )
+        self.check_host()
 
     def kernel_library(self) -> Path:
         """What `bundle_kernels` copies. Raises TargetUnavailableError where there is nothing."""
@@ -63,25 +74,31 @@ class Target:
         return bundle_kernels(self.kernel_library(), folder)
 
 
-def _build_onnx(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
+def _build_onnx(
+    graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str, settings: BuildSettings
+) -> BuildInfo:
     from gptoss_export.engines.ort.build import build_onnx
 
     return build_onnx(graph, checkpoint, folder, weights_dir)
 
 
-def _build_ort_cpu(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
+def _build_ort_cpu(
+    graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str, settings: BuildSettings
+) -> BuildInfo:
     from gptoss_export.engines.ort.build import build_ort_cpu
 
     return build_ort_cpu(graph, checkpoint, folder, weights_dir)
 
 
-def _build_ort_cpu_int8(graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str) -> BuildInfo:
+def _build_ort_cpu_int8(
+    graph: ir.Model, checkpoint: Checkpoint, folder: Path, weights_dir: str, settings: BuildSettings
+) -> BuildInfo:
     from gptoss_export.engines.ort.build import build_ort_cpu_int8
 
     return build_ort_cpu_int8(graph, checkpoint, folder, weights_dir)
 
 
-def _int8_bytes(checkpoint: Checkpoint) -> int:
+def _int8_bytes(checkpoint: Checkpoint, settings: BuildSettings) -> int:
     from gptoss_export.engines.ort.build import int8_bytes
 
     return int8_bytes(checkpoint)
@@ -105,6 +122,28 @@ def _open_ort_cpu(folder: Path, threads: int | None = None) -> Runner:
     return open_ort_runner(folder, "CPUExecutionProvider", threads)
 
 
+def _ort_execution(folder: Path) -> Execution:
+    from importlib.metadata import version
+
+    return Execution("onnxruntime", version("onnxruntime"), "CPUExecutionProvider")
+
+
+def _trt(name: str, precision: Precision, summary: str) -> Target:
+    return Target(
+        name=name,
+        summary=summary,
+        engine="TensorRT, or TensorRT for RTX",
+        requires=("onnx", "onnxruntime"),
+        build=partial(tensorrt.build, precision),
+        open_runner=tensorrt.open_engine,
+        execution=tensorrt.execution,
+        check_host=find_flavor,
+        stand_in=tensorrt.open_graph,
+        check=partial(tensorrt.check, precision),
+        own_bytes=partial(tensorrt.own_bytes, precision),
+    )
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -115,6 +154,7 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_onnx,
             open_runner=_open_onnx,
+            execution=_ort_execution,
         ),
         Target(
             name="ort-cpu",
@@ -123,6 +163,7 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu,
             open_runner=_open_ort_cpu,
+            execution=_ort_execution,
             kernels=_ort_kernels,
         ),
         Target(
@@ -132,8 +173,12 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu_int8,
             open_runner=_open_ort_cpu,
+            execution=_ort_execution,
             own_bytes=_int8_bytes,
             kernels=_ort_kernels,
         ),
+        _trt("trt-fp16", Precision.FP16, "TensorRT engine, experts in MXFP4 as stored, the rest in float16"),
+        _trt("trt-bf16", Precision.BF16, "as trt-fp16, in bfloat16, the checkpoint's own type"),
+        _trt("trt-fp32", Precision.FP32, "as trt-fp16, in float32: for comparison, not for speed"),
     )
 }

@@ -23,6 +23,7 @@ from click.core import ParameterSource
 
 from gptoss_export.exporter.commands import artifact, bench, generate, synth
 from gptoss_export.exporter.commands.config_file import load_defaults
+from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
 from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   gptoss-export --target ort-cpu --model ./gpt-oss-20b --output ./release
+  gptoss-export --target trt-fp16 --model ./gpt-oss-20b --output ./release
   gptoss-export --target onnx --target ort-cpu --model openai/gpt-oss-20b --output ./release
   gptoss-export --target ort-cpu --model ./gpt-oss-20b --output ./release --dry-run
   gptoss-export --config export.yaml --parity full
@@ -96,6 +98,8 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     help="How thoroughly to compare the artifact with PyTorch.",
 )
 @click.option("--bundle-kernels", is_flag=True, help="Put the library with our kernels into the artifact.")
+@engine_options
+@allow_unexecuted_option
 @click.option("--force", is_flag=True, help="Replace an artifact that is in --output.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, with sizes, and stop.")
 @threads_option
@@ -116,6 +120,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.pass_context
 def cli(
     ctx: click.Context,
+    /,
     targets: tuple[str, ...],
     model: str | None,
     revision: str | None,
@@ -127,6 +132,8 @@ def cli(
     dry_run: bool,
     threads: int | None,
     as_json: bool,
+    allow_unexecuted: bool,
+    **engine: object,
 ) -> None:
     """Export gpt-oss from its own checkpoint to an artifact that is shown to be the model."""
     if ctx.invoked_subcommand is not None:
@@ -154,6 +161,7 @@ def cli(
         force=force,
         threads=threads,
         bundle_kernels=bundle_kernels,
+        engine=engine_options_of(engine),
     )
     settings = ctx.ensure_object(Settings)
     if dry_run:
@@ -172,7 +180,7 @@ def cli(
         click.echo("warning: NOT VALIDATED, the artifact was not compared with the model (--parity off)", err=True)
         click.echo(f"  next: gptoss-export validate {results[0].folder}", err=True)
         return
-    require_pass(results)
+    require_pass(results, allow_unexecuted=allow_unexecuted)
 
 
 for _command in (artifact.targets, artifact.inspect, artifact.validate, generate.generate, bench.bench, synth.synth):

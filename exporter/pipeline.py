@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.artifact import (
     REPORT_NAMES,
@@ -28,7 +28,14 @@ from gptoss_export.exporter.artifact import (
     verify_files,
     write_manifest,
 )
-from gptoss_export.exporter.errors import IntegrityError, ManifestError, NotValidatedError, ParityFailedError
+from gptoss_export.exporter.errors import (
+    IntegrityError,
+    ManifestError,
+    NotExecutedError,
+    NotValidatedError,
+    ParityFailedError,
+)
+from gptoss_export.exporter.measure import Effort, first_failure, make_yardstick, measure, record
 from gptoss_export.exporter.plan import ExportRequest, Parity, Plan, make_plan
 from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.exporter.staging import staging, staging_in_place
@@ -41,7 +48,6 @@ if TYPE_CHECKING:
     from gptoss_export.engines.runner import Runner
     from gptoss_export.engines.targets import Target
     from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-    from gptoss_export.validators.reference import Reference
     from gptoss_export.validators.report import ParityReport
 
 __all__ = [
@@ -62,11 +68,12 @@ _LIBRARIES = (
     "onnxruntime",
     "onnxscript",
     "onnxsim",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
     "torch",
     "transformers",
+    "triton",
 )
-
-Effort = Literal["quick", "full"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,12 @@ class ExportResult:
         """The verdict in one line."""
         if self.report is None:
             return f"{self.manifest.target}: NOT VALIDATED ({self.folder})"
-        if self.report.verdict.passed:
+        if self.report.outcome == "pass":
             return f"{self.manifest.target}: pass ({self.report.effort}), {self.folder}"
-        return f"{self.manifest.target}: FAIL, {_first_failure(self.report)} ({self.folder})"
+        if self.report.outcome == "not executed":
+            engine = f"engine NOT EXECUTED ({self.report.engine.not_executed_reason})"
+            return f"{self.manifest.target}: graph passes ({self.report.effort}), {engine}, {self.folder}"
+        return f"{self.manifest.target}: FAIL, {first_failure(self.report)} ({self.folder})"
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> list[ExportResult]:
@@ -108,12 +118,12 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Exp
         placed = _placed_checkpoint(plan, next(iter(folders.values())))
         infos = {name: _build(name, graph, placed, folder, plan, progress) for name, folder in folders.items()}
         del graph
-        reference = None if request.parity == "off" else _reference(placed, request.parity, progress)
+        yardstick = None if request.parity == "off" else make_yardstick(placed, request.parity, list(folders), progress)
         for name, folder in folders.items():
             draft = _draft(name, infos[name], plan, folder, records)
-            report = _run(name, folder, draft, reference, request.parity, request.threads, progress)
+            report = measure(folder, draft, yardstick, request.threads, progress)
             if report is not None:
-                draft = _record(report, draft, folder)
+                draft = record(report, draft, folder)
             write_manifest(draft, folder)
             drafts[name] = (draft, report)
     seconds = time.monotonic() - started
@@ -141,10 +151,10 @@ def validate_artifact(
             "export again; something was added to the folder of the weights",
         )
     check_scales(checkpoint)
-    reference = _reference(checkpoint, effort, progress)
-    report = _run(manifest.target, folder, manifest, reference, effort, threads, progress)
+    yardstick = make_yardstick(checkpoint, effort, [manifest.target], progress)
+    report = measure(folder, manifest, yardstick, threads, progress)
     assert report is not None
-    manifest = _record(report, manifest, folder)
+    manifest = record(report, manifest, folder)
     write_manifest(manifest, folder)
     return ExportResult(folder, manifest, report, time.monotonic() - started)
 
@@ -157,9 +167,9 @@ def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, R
     return manifest, target.open_runner(folder, threads)
 
 
-def require_pass(results: Sequence[ExportResult]) -> None:
+def require_pass(results: Sequence[ExportResult], *, allow_unexecuted: bool = False) -> None:
     """Raises ParityFailedError naming the first gate that was not kept, NotValidatedError when none was
-    asked.
+    asked, NotExecutedError for an engine that was never run, unless that is allowed.
     """
     for result in results:
         if result.manifest.parity.verdict == "not validated":
@@ -168,8 +178,15 @@ def require_pass(results: Sequence[ExportResult]) -> None:
             )
         if result.report is not None and not result.report.verdict.passed:
             raise ParityFailedError(
-                f"{result.manifest.target} is not the model: {_first_failure(result.report)}",
+                f"{result.manifest.target} is not the model: {first_failure(result.report)}",
                 f"do not ship it; read {result.folder / REPORT_NAMES[1]} and attach it to a bug report",
+            )
+    for result in results:
+        if result.manifest.parity.verdict == "not executed" and not allow_unexecuted:
+            raise NotExecutedError(
+                f"{result.manifest.target} was built and not executed here; its graph keeps the gates",
+                f"run `gptoss-export validate {result.folder}` on a host with an NVIDIA GPU, or accept it as it is "
+                "with --allow-unexecuted",
             )
 
 
@@ -236,21 +253,16 @@ def _placed_checkpoint(plan: Plan, folder: Path) -> Checkpoint:
 def _build(
     name: str, graph: ir.Model, checkpoint: Checkpoint, folder: Path, plan: Plan, progress: Progress
 ) -> BuildInfo:
+    from gptoss_export.engines.build_info import BuildSettings
     from gptoss_export.engines.targets import TARGETS
 
     with progress.task(f"build {name}"):
         weights_dir = "" if plan.weights_dir == "." else plan.weights_dir
-        info = TARGETS[name].build(graph, checkpoint, folder, weights_dir)
+        settings = BuildSettings(plan.request.engine, progress)
+        info = TARGETS[name].build(graph, checkpoint, folder, weights_dir, settings)
         if not plan.request.bundle_kernels:
             return info
         return replace(info, notes=(*info.notes, TARGETS[name].bundle_kernels(folder)))
-
-
-def _reference(checkpoint: Checkpoint, effort: Effort, progress: Progress) -> Reference:
-    from gptoss_export.validators.probes import default_probes
-    from gptoss_export.validators.reference import run_reference
-
-    return run_reference(checkpoint, default_probes(checkpoint, effort), progress=progress)
 
 
 def _draft(name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping[str, FileRecord]) -> Manifest:
@@ -273,57 +285,6 @@ def _draft(name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping
         parity=ParityRecord("not validated"),
         created_at=now(),
     )
-
-
-def _run(
-    name: str,
-    folder: Path,
-    manifest: Manifest,
-    reference: Reference | None,
-    effort: Parity,
-    threads: int | None,
-    progress: Progress,
-) -> ParityReport | None:
-    """Loads the artifact from disk, which shows that it loads, and measures it against the reference if there
-    is one.
-    """
-    from gptoss_export.engines.targets import TARGETS
-    from gptoss_export.validators.gates import GATES
-    from gptoss_export.validators.parity import validate
-    from gptoss_export.validators.report.schema import Binding, Engine
-
-    with progress.task(f"load {name}"):
-        runner = TARGETS[name].open_runner(folder, threads)
-    if reference is None or effort == "off":
-        return None
-    return validate(
-        runner,
-        reference,
-        target=name,
-        effort=effort,
-        gates=GATES[name],
-        binding=Binding(
-            checkpoint={file: record.sha256 for file, record in manifest.checkpoint.items()},
-            files={f: record.sha256 for f, record in manifest.files.items() if f not in REPORT_NAMES},
-        ),
-        engine_description=Engine("onnxruntime", _version("onnxruntime"), manifest.provider),
-        progress=progress,
-    )
-
-
-def _record(report: ParityReport, manifest: Manifest, folder: Path) -> Manifest:
-    """Writes the report into the folder and its verdict into the manifest."""
-    from gptoss_export.validators.report import content_sha256, write_report
-
-    paths = write_report(report, folder)
-    record = ParityRecord("pass" if report.verdict.passed else "fail", report.effort, content_sha256(report))
-    return manifest.with_parity(record, hash_files({path.name: path for path in paths}))
-
-
-def _first_failure(report: ParityReport) -> str:
-    first = report.verdict.failures[0]
-    measured = "nothing" if first.measured is None else f"{first.measured:g}"
-    return f"gate {first.gate} in scenario {first.scenario}: measured {measured}, limit {first.limit:g}"
 
 
 def _versions() -> dict[str, str]:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gptoss_export.engines.build_info import BuildSettings
+from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import DiskSpaceError, WeightsModeError
 from gptoss_export.exporter.progress import format_bytes
@@ -28,7 +30,8 @@ _GRAPH_BYTES = 32 << 20  # graph, manifest and report; 1 to 3 MB in practice
 class ExportRequest:
     """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core.
 
-    bundle_kernels: whether the artifacts carry the library with the kernels that they run on.
+    bundle_kernels: whether the artifacts carry the library with the kernels that they run on. engine: of the
+    TensorRT targets.
     """
 
     model: str
@@ -40,6 +43,7 @@ class ExportRequest:
     force: bool = False
     threads: int | None = None
     bundle_kernels: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ def make_plan(request: ExportRequest) -> Plan:
         target.check_available()
     libraries = [target.kernel_library() for target in targets] if request.bundle_kernels else []
     checkpoint = open_checkpoint(resolve_model(request.model, request.revision))
+    settings = BuildSettings(request.engine)
+    for target in targets:
+        target.check(checkpoint, settings)
     files = checkpoint_files(checkpoint)
     output = request.output
     weights_dir = WEIGHTS_DIR
@@ -99,7 +106,7 @@ def make_plan(request: ExportRequest) -> Plan:
     copied = (side_bytes + _GRAPH_BYTES) * len(request.targets)
     if request.weights is WeightsMode.COPY:
         copied += sum(path.stat().st_size for path in files.values()) * len(request.targets)
-    own = {target.name: target.own_bytes(checkpoint) for target in targets}
+    own = {target.name: target.own_bytes(checkpoint, settings) for target in targets}
     copied += sum(own.values()) + sum(library.stat().st_size for library in libraries)
     parent = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     plan = Plan(

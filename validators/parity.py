@@ -57,13 +57,14 @@ def validate(
     floor: FloorRecord | None = None,
     binding: Binding,
     engine_description: Engine,
+    max_batch: int | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Measures every scenario and judges it; the report's outcome says whether the artifact passed.
 
-    floor: over the reference's probes, where the gates need one. Raises NotValidatedError, before anything
-    is run, for a floor that is missing, none, or over other probes; SessionError when the engine answers
-    with logits of a wrong shape; and whatever the runner raises.
+    floor: over the reference's probes, where the gates need one. max_batch: rows that the engine takes. Raises
+    NotValidatedError, before anything is run, for a floor that is missing, none, or over other probes;
+    SessionError when the engine answers with logits of a wrong shape; and whatever the runner raises.
     """
     limits = gates.resolve(floor)
     tokens = sum(len(probe.ids) for probe in reference.probes)
@@ -72,7 +73,7 @@ def validate(
             f"the noise floor is over {floor.metrics.positions} positions, the probes are {tokens} tokens",
             "Measure the floor with the reference that the artifact is compared with.",
         )
-    scenarios = tuple(measure(runner, reference, effort=effort, progress=progress))
+    scenarios = tuple(measure(runner, reference, effort=effort, max_batch=max_batch, progress=progress))
     return ParityReport(
         schema_version=SCHEMA_VERSION,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,6 +99,7 @@ def measure(
     reference: Reference,
     *,
     effort: Effort,
+    max_batch: int | None = None,
     progress: Progress | None = None,
 ) -> list[ScenarioResult]:
     """The metrics of every scenario that the probes are long enough for, in the order of SCENARIOS."""
@@ -108,7 +110,7 @@ def measure(
         )
     lengths = [len(probe.ids) for probe in reference.probes]
     live = max(LIVE_BYTES // (4 * reference.vocab_size), 1)
-    cases = plan(lengths, reference.config.sliding_window, live, effort)
+    cases = plan(lengths, reference.config.sliding_window, live, effort, max_batch)
     total = sum(len(case.calls) for scenario in cases.values() for case in scenario)
     results = []
     with (progress or SilentProgress()).task("parity", total=total) as task:

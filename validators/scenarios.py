@@ -24,17 +24,22 @@ RAGGED = (3, 1, 2)
 """New tokens a row in a later, padded call of a batch."""
 
 
+ALONE_PADDING = 2
+"""Columns of padding where a batch of one has no longer row to be padded to."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of the engine: how many tokens each row goes on by, and of how many last columns logits are
-    asked (0: all)."""
+    asked (0: all). padding: columns beside those of the longest row."""
 
     lengths: tuple[int, ...]
     keep: int
+    padding: int = 0
 
     @property
     def width(self) -> int:
-        return max(self.lengths)
+        return max(self.lengths) + self.padding
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,18 @@ class Case:
     side: Side = "right"
 
 
-def plan(lengths: Sequence[int], window: int, live: int, effort: Effort) -> dict[str, tuple[Case, ...]]:
+def plan(
+    lengths: Sequence[int], window: int, live: int, effort: Effort, max_batch: int | None = None
+) -> dict[str, tuple[Case, ...]]:
     """The cases of every scenario that probes of these lengths allow.
 
-    live: rows of logits that one call may return at most (at least one a row is always asked for).
+    live: rows of logits that one call may return at most (at least one a row is always asked for). max_batch:
+    rows that the engine takes; a row that is alone is padded all the same.
     A scenario for which the probes are too short is left out, which a verdict counts as failed.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     steps = DECODE_STEPS[effort]
+    batch = min(BATCH, max_batch or BATCH)
     chosen = by_length[: 1 if effort == "quick" else 2]
     cases = {
         "prefill": [case for i, n in enumerate(lengths) for case in _prefill(i, n, live)],
@@ -64,8 +73,8 @@ def plan(lengths: Sequence[int], window: int, live: int, effort: Effort) -> dict
             for i, sizes in zip(chosen, ((1, 7, window), (max(window - 1, 1), 2, 3)), strict=False)
             for case in _chunked(i, lengths[i], sizes, live)
         ],
-        "padded-left": _padded(lengths, by_length, window, live, "left"),
-        "padded-right": _padded(lengths, by_length, window, live, "right"),
+        "padded-left": _padded(lengths, by_length, window, live, "left", batch),
+        "padded-right": _padded(lengths, by_length, window, live, "right", batch),
         "last-only": [Case((i,), (Call((n,), 1),)) for i, n in enumerate(lengths)],
     }
     return {name: tuple(cases[name]) for name in SCENARIOS if cases[name]}
@@ -98,7 +107,9 @@ def _chunked(probe: int, n: int, sizes: Sequence[int], live: int) -> list[Case]:
     return [Case((probe,), tuple(calls))] if len(calls) > 1 else []
 
 
-def _padded(lengths: Sequence[int], by_length: Sequence[int], window: int, live: int, side: Side) -> list[Case]:
+def _padded(
+    lengths: Sequence[int], by_length: Sequence[int], window: int, live: int, side: Side, batch: int
+) -> list[Case]:
     """Batches of rows of different lengths, continued with the cache.
 
     The first case pads a short prompt, goes on with an unpadded chunk across the window, with a ragged
@@ -107,21 +118,22 @@ def _padded(lengths: Sequence[int], by_length: Sequence[int], window: int, live:
     the limits by `live`.
     """
     ample = [i for i in by_length if lengths[i] > window + BATCH_STEPS + max(RAGGED)] or list(by_length[:1])
-    rows = tuple(ample[k % len(ample)] for k in range(BATCH))
+    rows = tuple(ample[k % len(ample)] for k in range(batch))
     room = [lengths[i] - BATCH_STEPS for i in rows]
-    decode = [Call((1,) * BATCH, 1)] * BATCH_STEPS
-    share = max(live // BATCH, 1)
+    decode = [Call((1,) * batch, 1)] * BATCH_STEPS
+    share = max(live // batch, 1)
+    ragged, alone = RAGGED[:batch], 0 if batch > 1 else ALONE_PADDING
     cases = []
 
-    first = min(share, window // 2 + 3)
-    firsts = (first, max(first // 2, 1), 1)
-    chunk = min(r - n - g for r, n, g in zip(room, firsts, RAGGED, strict=True))
-    if first > 1 and chunk > 0 and share >= max(RAGGED):
-        going_on = Call((chunk,) * BATCH, min(chunk, share))
-        cases.append(Case(rows, (Call(firsts, 0), going_on, Call(RAGGED, 0), *decode), side))
+    first = min(share - alone, window // 2 + 3)
+    firsts = (first, max(first // 2, 1), 1)[:batch]
+    chunk = min(r - n - g for r, n, g in zip(room, firsts, ragged, strict=True))
+    if first > 1 and chunk > 0 and share >= max(ragged) + alone:
+        going_on = Call((chunk,) * batch, min(chunk, share))
+        cases.append(Case(rows, (Call(firsts, 0, alone), going_on, Call(ragged, 0, alone), *decode), side))
 
     longs = tuple(r - 5 * k for k, r in enumerate(room))
-    width = max(longs)
-    if min(longs) > 0 and len(set(longs)) > 1 and (side == "left" or width <= share):
-        cases.append(Case(rows, (Call(longs, 0 if width <= share else share), *decode), side))
+    width = max(longs) + alone
+    if min(longs) > 0 and (len(set(longs)) > 1 or alone) and (side == "left" or width <= share):
+        cases.append(Case(rows, (Call(longs, 0 if width <= share else share, alone), *decode), side))
     return cases

@@ -109,10 +109,11 @@ class _Audit:
     def _refuse(
         self, ref: TensorRef, start: int, values: NDArray[Any], magnitudes: NDArray[Any], limit: np.float32
     ) -> None:
+        held = 65504.0 if self._dtype == np.float16 else 3.4028235e38
         index = tuple(int(i) for i in np.argwhere(~(magnitudes < limit))[0])
         where = f"row {start + index[0]}" + (f", column {index[1]}" if len(index) > 1 else "")
         raise WeightRangeError(
             f"{ref.name}: the weight in {where} is {values[index]:g}, which {self._dtype} cannot hold "
-            f"(largest {np.finfo(self._dtype).max:g})",
+            f"(largest {held:g})",
             "Export for trt-bf16, which has the range of the checkpoint's own type.",
         )

@@ -158,7 +158,7 @@ class _Lowering:
         weight.dtype = self._type
         y = self._emit("Gemm", [self._put.narrow(x), weight], f"{node.name}.gemm", {"transB": 1}, self._type)
         logits = self._put.wide(y, "logits")
-        logits.name, logits.dtype = "logits", node.outputs[0].dtype
+        logits.name = "logits"
         assert weight.shape is not None
         self._put.replace(node, logits)
         logits.shape = ir.Shape(["logit_count", weight.shape[0]])

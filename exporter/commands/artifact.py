@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from gptoss_export.exporter.commands.engine import allow_unexecuted_option
 from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
@@ -62,14 +63,18 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option(
     "--parity", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How many positions."
 )
+@allow_unexecuted_option
 @threads_option
 @json_option
 @common_options
 @click.pass_obj
-def validate(settings: Settings, folder: Path, parity: str, threads: int | None, as_json: bool) -> None:
+def validate(
+    settings: Settings, folder: Path, parity: str, allow_unexecuted: bool, threads: int | None, as_json: bool
+) -> None:
     """Check every hash of the artifact in OUT and measure its parity anew.
 
-    Rewrites its parity report and the verdict in its manifest. Exits 50 when the artifact is not the model.
+    Rewrites its parity report and the verdict in its manifest. Exits 50 when the artifact is not the model, 52 when
+    its engine could not be run here.
     """
     from gptoss_export.exporter.commands.show import echo_result, result_as_json
     from gptoss_export.exporter.pipeline import require_pass, validate_artifact
@@ -80,4 +85,4 @@ def validate(settings: Settings, folder: Path, parity: str, threads: int | None,
         print_json({"results": [result_as_json(result)]})
     else:
         echo_result(result)
-    require_pass([result])
+    require_pass([result], allow_unexecuted=allow_unexecuted)

@@ -1,9 +1,10 @@
 """MoEExpertsMXFP4: MoEExperts as TensorRT takes it, as a plugin or by a body that its parser knows.
 
 What differs from MoEExperts: TensorRT has no 8-bit unsigned type, so blocks and scales are the checkpoint's bytes read
-as int8; x has the target's type, and what goes into the second matrix is rounded to it; tokens are rows. The body asks every expert
-about every token, since TensorRT's parser can neither count nor index by what it counted (NonZero), and all of them at
-once, since its builder dies on three loops in a float32 network: a definition to test against, not to ship.
+as int8; x has the target's type, and what goes into the second matrix is rounded to it; tokens are rows. The body asks
+every expert about every token, since TensorRT's parser can neither count nor index by what it counted (NonZero), and
+all of them at once, since its builder dies on three loops in a float32 network: a definition to test against, not to
+ship.
 """
 
 from __future__ import annotations

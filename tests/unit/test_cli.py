@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from gptoss_export.engines.tensorrt import flavor
 from gptoss_export.exporter import cli, pipeline
-from gptoss_export.exporter.artifact import ParityRecord
+from gptoss_export.exporter.artifact import ParityRecord, Verdict
 from gptoss_export.exporter.errors import ConfigError, GptossExportError
 from gptoss_export.exporter.pipeline import ExportRequest, ExportResult
 from gptoss_export.exporter.weights import WeightsMode
@@ -314,17 +315,19 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def result(verdict: str, folder: Path) -> Any:
+def result(verdict: Verdict, folder: Path) -> Any:
     failures = (SimpleNamespace(scenario="decode", gate="max_kl_mean", measured=0.25, limit=1e-9),)
     report = SimpleNamespace(
         effort="quick",
-        verdict=SimpleNamespace(passed=verdict == "pass", failures=() if verdict == "pass" else failures),
+        outcome=verdict,
+        engine=SimpleNamespace(not_executed_reason="no NVIDIA driver"),
+        verdict=SimpleNamespace(passed=verdict != "fail", failures=failures if verdict == "fail" else ()),
     )
     manifest = SimpleNamespace(
         target="ort-cpu",
-        parity=ParityRecord("fail" if verdict == "fail" else "pass", "quick", "0" * 64)
-        if verdict != "not validated"
-        else ParityRecord("not validated"),
+        parity=ParityRecord("not validated")
+        if verdict == "not validated"
+        else ParityRecord(verdict, "quick", "0" * 64),
         files={},
         engine="e",
         provider="p",
@@ -371,8 +374,29 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
 def test_targets_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["targets", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["targets"]
-    assert [row["name"] for row in rows] == ["onnx", "ort-cpu", "ort-cpu-int8"]
-    assert [row["missing"] for row in rows] == [None, None, None]
+    assert [row["name"] for row in rows] == ["onnx", "ort-cpu", "ort-cpu-int8", "trt-fp16", "trt-bf16", "trt-fp32"]
+    assert [row["missing"] for row in rows[:3]] == [None, None, None]
+
+
+def test_targets_says_what_tensorrt_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(flavor, "_is_installed", lambda package: False)
+    assert cli.main(["targets", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["targets"]
+    assert [row["missing"] is None for row in rows] == [True, True, True, False, False, False]
+    assert "neither TensorRT nor TensorRT for RTX is installed; pip install tensorrt-rtx-cu13" in rows[3]["missing"]
+
+
+def test_an_engine_that_was_never_run_exits_52_unless_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "export", lambda *_: [result("not executed", Path("a"))])
+    assert cli.main(EXPORT) == 52
+    captured = capsys.readouterr()
+    assert "ort-cpu: graph passes (quick), engine NOT EXECUTED (no NVIDIA driver), a" in captured.out
+    assert "gptoss-export validate a` on a host with an NVIDIA GPU" in captured.err
+    assert cli.main([*EXPORT, "--allow-unexecuted"]) == 0
+    monkeypatch.setattr(pipeline, "export", lambda *_: [result("not executed", Path("a")), result("fail", Path("b"))])
+    assert cli.main([*EXPORT, "--allow-unexecuted"]) == 50
 
 
 def test_synth_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gptoss_export.engines import targets
-from gptoss_export.engines.build_info import BuildInfo
+from gptoss_export.engines.build_info import BuildInfo, Execution
 from gptoss_export.exporter import cli, pipeline, plan
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.checkpoint import open as open_module
@@ -66,7 +66,7 @@ class FakeTarget:
     own: int = 0
     library: Path | None = None
 
-    def own_bytes(self, checkpoint: Any) -> int:
+    def own_bytes(self, checkpoint: Any, settings: Any) -> int:
         return self.own
 
     def kernel_library(self) -> Path:
@@ -82,7 +82,13 @@ class FakeTarget:
         if self.fail is not None and isinstance(self.fail, TargetUnavailableError):
             raise self.fail
 
-    def build(self, graph: object, checkpoint: Any, folder: Path, weights_dir: str) -> BuildInfo:
+    def check(self, checkpoint: Any, settings: Any) -> None:
+        assert settings.engine.max_batch >= 1
+
+    def execution(self, folder: Path) -> Execution:
+        return Execution("fake", "1", "FakeProvider")
+
+    def build(self, graph: object, checkpoint: Any, folder: Path, weights_dir: str, settings: Any) -> BuildInfo:
         assert all((folder / weights_dir / f.name).is_file() for f in checkpoint.weight_files)
         self.log.append(f"build {self.name}")
         (folder / "model.onnx").write_text(f"{self.name} with weights in {weights_dir!r}")
@@ -117,7 +123,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         passed = not runner.endswith("onnx")
         failure = SimpleNamespace(scenario="decode", gate="max_kl_mean", measured=0.5, limit=1e-9)
         verdict = SimpleNamespace(passed=passed, failures=() if passed else (failure,))
-        return SimpleNamespace(effort=effort, verdict=verdict, target=target)
+        outcome = "pass" if passed else "fail"
+        return SimpleNamespace(effort=effort, verdict=verdict, target=target, outcome=outcome)
 
     def write_report(report: Any, folder: Path) -> tuple[Path, Path]:
         for name in ("parity.json", "parity.md"):

@@ -1,0 +1,1 @@
+"""The experts on NVIDIA GPUs: Triton kernels, compiled ahead of time."""
