@@ -25,7 +25,7 @@ $(VENV)/.libraries: pyproject.toml
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.libraries
-	$(BIN)/python -m pip install --quiet ".[dev]"
+	$(BIN)/python -m pip install --quiet ".[dev,trt-rtx]"
 	@touch $@
 
 # Not editable: the tests run against what a wheel holds.

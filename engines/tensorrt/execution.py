@@ -10,7 +10,7 @@ Both packages are written for; where they differ, RTX has what is asked for by n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -68,7 +68,7 @@ class LoadedEngine:
     """An ICudaEngine whose interface is the one of `metadata`.
 
     scratch_bytes: device memory for the activations of any context; contexts may share it, as long as they take turns.
-    keep: what has to live as long as the engine.
+    check_plugins: raises what a plugin failed with. keep: what has to live as long as the engine.
     """
 
     engine: Any
@@ -77,6 +77,7 @@ class LoadedEngine:
     log: Log
     configs: Mapping[int, Any]
     user_managed: Any
+    check_plugins: Callable[[], None]
     keep: tuple[Any, ...]
 
     def context(self, profile: int, stream: Stream, scratch: DeviceMemory) -> Context:
@@ -90,10 +91,10 @@ class LoadedEngine:
 
 
 class Context:
-    """An IExecutionContext; every refusal of TensorRT is a SessionError with what it logged."""
+    """An IExecutionContext. Refusals are SessionErrors with what TensorRT logged, or the error that a plugin raised."""
 
     def __init__(self, context: Any, profile: int, engine: LoadedEngine, stream: Stream, scratch: DeviceMemory) -> None:
-        self._log = engine.log
+        self._log, self._check_plugins = engine.log, engine.check_plugins
         self._require(context is not None, "makes no execution context")
         self._context = context
         self._require(context.set_optimization_profile_async(profile, stream.handle), "does not take its own profile")
@@ -115,6 +116,8 @@ class Context:
         return ask is None or bool(ask(stream.handle))
 
     def _require(self, ok: object, what: str) -> None:
+        # TensorRT goes on as if all were well after some failures of a plugin, and knows no reason for the others.
+        self._check_plugins()
         if not ok:
             raise SessionError(
                 f"TensorRT {what}: {self._log.last}", "run it again; if it stays, report it with the engine.json"
@@ -122,17 +125,14 @@ class Context:
 
 
 def load_engine(trt: Any, folder: Path, metadata: EngineMetadata) -> LoadedEngine:
-    """Deserialises engine.plan, which `preflight` has passed. Raises EngineMismatchError."""
+    """Deserialises engine.plan, which `preflight` has passed. Raises EngineMismatchError or what a plugin raises."""
     log = Log()
     logger = _logger(trt, log)
-    kernels = None
-    if metadata.plugin:
-        from gptoss_export.engines.tensorrt.plugin import register
-
-        kernels = register(trt, None, logger)
+    check_plugins = _register_plugin(trt, logger) if metadata.plugin else _nothing
     runtime = trt.Runtime(logger)
     with open_regular(folder / ENGINE_NAME) as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
+        check_plugins()
         if engine is None:
             raise EngineMismatchError(
                 f"TensorRT {metadata.version} does not load the engine{_why(trt, runtime, data)}: {log.last}",
@@ -149,8 +149,19 @@ def load_engine(trt: Any, folder: Path, metadata: EngineMetadata) -> LoadedEngin
         log=log,
         configs=configs,
         user_managed=trt.ExecutionContextAllocationStrategy.USER_MANAGED,
-        keep=(logger, kernels, runtime, cache),
+        check_plugins=check_plugins,
+        keep=(logger, runtime, cache),
     )
+
+
+def _register_plugin(trt: Any, logger: Any) -> Callable[[], None]:
+    from gptoss_export.engines.tensorrt.plugin import register
+
+    return register(trt, None, logger).require_no_failures
+
+
+def _nothing() -> None:
+    """An engine without plugins has none that could have failed."""
 
 
 def _logger(trt: Any, log: Log) -> Any:

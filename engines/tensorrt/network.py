@@ -42,7 +42,7 @@ def parse_network(
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, builder.logger)
     if options.plugin:
-        # By NVIDIA's documentation a function body goes first without it; in RTX 1.7.1 the node's plugin_namespace decides.
+        # NVIDIA documents that a function body goes first without it; RTX 1.7.1 goes by the node's plugin_namespace.
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     # Maps external weights instead of reading them.
     if not parser.parse_from_file(str(path)):

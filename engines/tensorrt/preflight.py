@@ -16,6 +16,7 @@ from typing import Any
 from gptoss_export.engines.tensorrt.cuda import Device, DeviceInfo
 from gptoss_export.engines.tensorrt.flavor import find_flavor
 from gptoss_export.engines.tensorrt.metadata import ENGINE_NAME, METADATA_NAME, EngineMetadata
+from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.errors import EngineMismatchError, IntegrityError, OutOfMemoryError
 from gptoss_export.exporter.weights import hash_files
@@ -101,8 +102,16 @@ def stored_bytes(metadata: EngineMetadata, folder: Path) -> int:
 
 def rebuild_command(metadata: EngineMetadata) -> str:
     """What makes such an engine again, on the host that is to run it."""
-    options = f"--trt-flavor {metadata.flavor} --model <checkpoint> --output <new>"
-    return f"gptoss-export --target trt-{metadata.dtype} {options}"
+    usual = EngineOptions()
+    options = [f"--target trt-{metadata.dtype} --trt-flavor {metadata.flavor}"]
+    options += [
+        f"--{name.replace('_', '-')} {getattr(metadata, name)}"
+        for name in ("max_batch", "max_prompt", "max_context", "engine_weights")
+        if getattr(metadata, name) != getattr(usual, name)
+    ]
+    if not metadata.plugin:
+        options.append("--trt-experts function")
+    return f"gptoss-export {' '.join(options)} --model <checkpoint> --output <new>"
 
 
 def _gib(nbytes: int) -> str:

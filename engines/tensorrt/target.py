@@ -74,25 +74,10 @@ def build(
     Raises WeightRangeError, EngineBuildError, GraphError, DiskSpaceError.
     """
     from gptoss_export.engines.tensorrt.build import build_engine
-    from gptoss_export.engines.tensorrt.dense import plan_dense, write_dense
     from gptoss_export.engines.tensorrt.kernels.launch import MoEShape
-    from gptoss_export.engines.tensorrt.lower import is_external, lower
 
     options, config = settings.engine, checkpoint.config
-    external = options.engine_weights == "external"
-    notes = []
-    model = lower(graph.clone(), precision, slots=slots_for(options.max_context), external_weights=external)
-    dense = plan_dense(checkpoint, precision, folder)
-    if dense:
-        with settings.progress.task(f"dense weights in {precision.value}"):
-            notes.append(f"{dense.path.relative_to(folder)}: {write_dense(checkpoint, precision, dense)}")
-    converted = dense.tensors if dense else {}
-    inputs = {name: ref for name, ref in checkpoint.tensors.items() if external and is_external(name)}
-    stored = {n: ref for n, ref in checkpoint.tensors.items() if n not in inputs and n not in converted}
-    places: dict[str, Mapping[str, TensorRef]] = {weights_dir: stored}
-    if dense:
-        places[dense.path.parent.name] = converted
-    _write_graph(model, places, folder)
+    inputs, notes = write_graph(precision, graph, checkpoint, folder, weights_dir, settings)
     shape = MoEShape(
         config.num_experts,
         config.hidden_size,
@@ -123,17 +108,46 @@ def build(
             max_logits=options.max_logits,
             plugin=options.plugin,
             engine_sha256=result.sha256,
-            inputs={name: _input(ref, weights_dir) for name, ref in inputs.items()},
+            inputs=inputs,
         ),
         folder,
     )
     experts = "plugin" if options.plugin else "function body"
     notes.append(f"engine: {format_bytes(result.nbytes)}, {result.layers} layers, experts by {experts}")
-    if external:
-        bound = format_bytes(sum(ref.nbytes for ref in inputs.values()))
+    if inputs:
+        bound = format_bytes(sum(entry.nbytes for entry in inputs.values()))
         notes.append(f"engine inputs: {len(inputs)} weights, {bound}, read from {weights_dir or '.'}/ at load")
     provider = f"compute capability {', '.join(capabilities)}"
     return BuildInfo(f"{_PACKAGES[result.flavor]} {result.version}", provider, tuple(notes))
+
+
+def write_graph(
+    precision: Precision,
+    graph: ir.Model,
+    checkpoint: Checkpoint,
+    folder: Path,
+    weights_dir: str,
+    settings: BuildSettings,
+) -> tuple[dict[str, EngineInput], list[str]]:
+    """The part of `build` before the engine: model.onnx and dense/. Returns the engine's weight inputs and notes."""
+    from gptoss_export.engines.tensorrt.dense import plan_dense, write_dense
+    from gptoss_export.engines.tensorrt.lower import is_external, lower
+
+    options, notes = settings.engine, []
+    external = options.engine_weights == "external"
+    model = lower(graph.clone(), precision, slots=slots_for(options.max_context), external_weights=external)
+    dense = plan_dense(checkpoint, precision, folder)
+    if dense:
+        with settings.progress.task(f"dense weights in {precision.value}"):
+            notes.append(f"{dense.path.relative_to(folder)}: {write_dense(checkpoint, precision, dense)}")
+    converted = dense.tensors if dense else {}
+    inputs = {name: ref for name, ref in checkpoint.tensors.items() if external and is_external(name)}
+    stored = {n: ref for n, ref in checkpoint.tensors.items() if n not in inputs and n not in converted}
+    places: dict[str, Mapping[str, TensorRef]] = {weights_dir: stored}
+    if dense:
+        places[dense.path.parent.name] = converted
+    _write_model(model, places, folder)
+    return {name: _input(ref, weights_dir) for name, ref in inputs.items()}, notes
 
 
 def execution(folder: Path) -> Execution:
@@ -168,7 +182,7 @@ def open_graph(folder: Path, threads: int | None) -> Runner:
     return open_graph_runner(folder, threads)
 
 
-def _write_graph(model: ir.Model, places: Mapping[str, Mapping[str, TensorRef]], folder: Path) -> None:
+def _write_model(model: ir.Model, places: Mapping[str, Mapping[str, TensorRef]], folder: Path) -> None:
     import onnx
     import onnx_ir as ir
 

@@ -126,8 +126,12 @@ def _(
     return torch.empty_like(x)
 
 
-def _body(parameters: str, gate_up: str, down: str) -> str:
-    """The function body; `gate_up` and `down` are the nodes that give h and out from an expert's index."""
+def visiting_body(parameters: str, gate_up: str, down: str) -> str:
+    """A function body that asks an expert about the tokens that chose it, one expert after the other.
+
+    gate_up: the nodes that give h [t, 2I] float32 from `mine` [t, H], the rows of x, and the expert's index e.
+    down: those that give out [t, H] float32 from a [t, I] float32.
+    """
     return f"""<swiglu_alpha, swiglu_limit> (x, weights, experts, {parameters}) => (y) {{
         minus_one = Constant <value_ints = [-1]> ()
         one = Constant <value_ints = [1]> ()
@@ -138,7 +142,8 @@ def _body(parameters: str, gate_up: str, down: str) -> str:
         token_shape = Concat <axis = 0> (minus_one, H)
         tokens = Reshape (x, token_shape)
         choice_shape = Concat <axis = 0> (minus_one, K)
-        chosen = Reshape (experts, choice_shape)
+        choices = Reshape (experts, choice_shape)
+        chosen = Cast <to = 7> (choices)
         weight_of = Reshape (weights, choice_shape)
         E = Shape <start = 0, end = 1> (gate_up_bias)
         experts_scalar = Squeeze (E)
@@ -192,14 +197,23 @@ def _body(parameters: str, gate_up: str, down: str) -> str:
     }}"""
 
 
-def _mxfp4(name: str) -> str:
-    """Nodes that decode one expert's matrix, [rows, K] float32, and take its bias."""
+def decode_nodes(name: str, as_bytes: str = "") -> str:
+    """Nodes that decode one expert's matrix, [rows, K] float32, and take its bias.
+
+    as_bytes: the operator that makes bytes of int32 values that were read with a sign, `{}` being these.
+    """
+
+    def codes(new: str, old: str) -> str:
+        if not as_bytes:
+            return f"{new} = Cast <to = 6> ({old})"
+        return f"{new}_signed = Cast <to = 6> ({old})\n{new} = {as_bytes.format(f'{new}_signed')}"
+
     return f"""
                 {name}_bytes = Gather <axis = 0> ({name}_blocks, e)
-                {name}_codes = Cast <to = 6> ({name}_bytes)
+                {codes(f"{name}_codes", f"{name}_bytes")}
                 {name}_values = Gather <axis = 0> (byte_table, {name}_codes)
                 {name}_exponents = Gather <axis = 0> ({name}_scales, e)
-                {name}_exponent_codes = Cast <to = 6> ({name}_exponents)
+                {codes(f"{name}_exponent_codes", f"{name}_exponents")}
                 {name}_factors = Gather <axis = 0> (scale_table, {name}_exponent_codes)
                 {name}_axes = Constant <value_ints = [2, 3]> ()
                 {name}_factors_4d = Unsqueeze ({name}_factors, {name}_axes)
@@ -242,10 +256,10 @@ MOE_EXPERTS = Op(
         {"y": "tensor(float)"},
         _ATTRIBUTES,
     ),
-    body=_body(
+    body=visiting_body(
         "gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias",
-        f"{_mxfp4('gate_up')}\nh = Gemm <transB = 1> (mine, gate_up_w, gate_up_b)",
-        f"{_mxfp4('down')}\nout = Gemm <transB = 1> (a, down_w, down_b)",
+        f"{decode_nodes('gate_up')}\nh = Gemm <transB = 1> (mine, gate_up_w, gate_up_b)",
+        f"{decode_nodes('down')}\nout = Gemm <transB = 1> (a, down_w, down_b)",
     ),
     constants={"byte_table": BYTE_TABLE, "scale_table": SCALE_TABLE},
 )
@@ -267,7 +281,7 @@ MOE_EXPERTS_DENSE = Op(
         {"y": "tensor(float)"},
         _ATTRIBUTES,
     ),
-    body=_body(
+    body=visiting_body(
         "gate_up, gate_up_bias, down, down_bias",
         f"{_dense('gate_up')}\nh = Gemm (mine, gate_up_w, gate_up_b)",
         f"{_dense('down')}\nout = Gemm (a, down_w, down_b)",

@@ -9,11 +9,14 @@ ship.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 
 from gptoss_export.exporter.checkpoint.mxfp4 import BYTE_TABLE, SCALE_TABLE
 from gptoss_export.exporter.ops.dialect import DOMAIN, FLOAT, VERSION, Op
+from gptoss_export.exporter.ops.moe_experts import decode_nodes, visiting_body
 
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """What a node says so that TensorRT's parser looks for the plugin before it takes the body."""
@@ -133,3 +136,20 @@ MOE_EXPERTS_MXFP4 = Op(
         "byte_values": np.array(256, np.int32),
     },
 )
+
+_AS_BYTES = "Mod <fmod = 0> ({}, byte_values)"
+
+VISITED_ONLY = replace(
+    MOE_EXPERTS_MXFP4,
+    body=visiting_body(
+        ", ".join(name for name in _PARAMETERS if "_" in name),
+        f"""{decode_nodes("gate_up", _AS_BYTES)}
+                mine_float = Cast <to = 1> (mine)
+                h = Gemm <transB = 1> (mine_float, gate_up_w, gate_up_b)""",
+        f"""{decode_nodes("down", _AS_BYTES)}
+                a_stored = CastLike (a, x)
+                a_float = Cast <to = 1> (a_stored)
+                out = Gemm <transB = 1> (a_float, down_w, down_b)""",
+    ),
+)
+"""The same for runtimes that can count: one expert after the other, and only those that a token chose."""

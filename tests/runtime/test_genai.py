@@ -11,7 +11,7 @@ from gptoss_export.engines.targets import TARGETS
 PROMPT = (340, 1145, 466)  # The import statement
 
 
-@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("target", [name for name in TARGETS if not name.startswith("trt-")])
 def test_genai_continues_as_our_runner_does(target: str, tiny_builds: dict[str, Path]) -> None:
     folder = tiny_builds[target]
     runner = TARGETS[target].open_runner(folder, 1)
