@@ -122,6 +122,12 @@ def describe_machine() -> Machine:
     )
 
 
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that a new process can have without swapping; None where the platform does not say."""
+    free = dict(_STATUS_LINE.findall(_read(meminfo))).get("MemAvailable")
+    return None if free is None else int(free) * 1024
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

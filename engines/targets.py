@@ -30,6 +30,7 @@ class Target:
     execution: what runs an artifact's folder on this host; where that is not its engine, stand_in runs its graph.
     check: raises TargetUnavailableError for a checkpoint and settings that cannot be built here.
     own_bytes: how much the build writes of weights, beside the checkpoint's own files.
+    ram_bytes: memory that the build takes beside this program's own; 0: not worth a word.
     kernels: finds the installed library of its kernels, or raises TargetUnavailableError; None if it uses none.
     """
 
@@ -44,6 +45,7 @@ class Target:
     stand_in: Callable[[Path, int | None], Runner] | None = None
     check: Callable[[Checkpoint, BuildSettings], None] = lambda checkpoint, settings: None
     own_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
+    ram_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
     kernels: Callable[[], Path] | None = None
 
     def check_available(self) -> None:
@@ -141,6 +143,7 @@ def _trt(name: str, precision: Precision, summary: str) -> Target:
         stand_in=tensorrt.open_graph,
         check=partial(tensorrt.check, precision),
         own_bytes=partial(tensorrt.own_bytes, precision),
+        ram_bytes=partial(tensorrt.ram_bytes, precision),
     )
 
 

@@ -67,6 +67,8 @@ def measure(
     else:
         assert target.stand_in is not None
         opener, how = target.stand_in, _GRAPH_ONLY
+    if yardstick is None and how == _GRAPH_ONLY:
+        return None  # that a graph loads says nothing of its engine
     with progress.task(f"load {name}"):
         runner = opener(folder, threads)
     if yardstick is None:

@@ -117,7 +117,9 @@ def make_plan(request: ExportRequest) -> Plan:
         checkpoint_files=files,
         copied_bytes=copied,
         free_bytes=shutil.disk_usage(parent).free,
-        steps=_steps(request, checkpoint, weights_dir, own),
+        steps=_steps(
+            request, checkpoint, weights_dir, own, {t.name: t.ram_bytes(checkpoint, settings) for t in targets}
+        ),
     )
     _check_space(plan, parent)
     return plan
@@ -153,8 +155,10 @@ def _check_space(plan: Plan, parent: Path) -> None:
     )
 
 
-def _steps(request: ExportRequest, checkpoint: Checkpoint, weights_dir: str, own: Mapping[str, int]) -> tuple[str, ...]:
-    """own: bytes of weights that each target writes beside the checkpoint's files."""
+def _steps(
+    request: ExportRequest, checkpoint: Checkpoint, weights_dir: str, own: Mapping[str, int], ram: Mapping[str, int]
+) -> tuple[str, ...]:
+    """own: bytes of weights that each target writes beside the checkpoint's files. ram: memory that its build takes."""
     config = checkpoint.config
     nbytes = format_bytes(checkpoint.nbytes)
     shards = f"{len(checkpoint.weight_files)} weight file(s), {nbytes}"
@@ -173,12 +177,13 @@ def _steps(request: ExportRequest, checkpoint: Checkpoint, weights_dir: str, own
         f"{config.num_experts} experts, vocabulary {config.vocab_size})",
         place,
         "check every MXFP4 scale; trace one layer of each kind; assemble and simplify the graph",
-        *(_build_step(target, own[target], request.bundle_kernels) for target in request.targets),
+        *(_build_step(target, own[target], ram[target], request.bundle_kernels) for target in request.targets),
         parity,
         "write the manifest; rename the finished folder into place",
     )
 
 
-def _build_step(target: str, own: int, bundle_kernels: bool) -> str:
+def _build_step(target: str, own: int, ram: int, bundle_kernels: bool) -> str:
     weights = f", with {format_bytes(own)} of weights in a form of its own," if own else ""
-    return f"build {target}{weights} and load it" + ("; add its kernel library" if bundle_kernels else "")
+    memory = f" (about {format_bytes(ram)} of memory)" if ram else ""
+    return f"build {target}{weights}{memory} and load it" + ("; add its kernel library" if bundle_kernels else "")

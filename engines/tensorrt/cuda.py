@@ -217,15 +217,6 @@ class Stream:
     def fill(self, target: int, byte: int, nbytes: int) -> None:
         self._device.call(self._driver.cuMemsetD8Async, target, byte, nbytes, self._handle)
 
-    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """`rows` pieces of `width` bytes, which begin a pitch apart, from device to device."""
-        copy = self._driver.CUDA_MEMCPY2D()
-        copy.srcMemoryType = copy.dstMemoryType = self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.srcDevice, copy.srcPitch = source, source_pitch
-        copy.dstDevice, copy.dstPitch = target, target_pitch
-        copy.WidthInBytes, copy.Height = width, rows
-        self._device.call(self._driver.cuMemcpy2DAsync, copy, self._handle)
-
     def synchronize(self) -> None:
         """Waits, and raises SessionError for whatever went wrong on the device since the last time."""
         self._device.call(self._driver.cuStreamSynchronize, self._handle)

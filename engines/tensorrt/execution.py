@@ -44,6 +44,10 @@ class Log:
         self.lines = [*self.lines[-9:], " ".join(line.split())[:300]]
 
     @property
+    def first(self) -> str:
+        return self.lines[0] if self.lines else "TensorRT logged nothing"
+
+    @property
     def last(self) -> str:
         return self.lines[-1] if self.lines else "TensorRT logged nothing"
 
@@ -134,8 +138,9 @@ def load_engine(trt: Any, folder: Path, metadata: EngineMetadata) -> LoadedEngin
         engine = runtime.deserialize_cuda_engine(data)
         check_plugins()
         if engine is None:
+            reason = log.first  # what follows from it comes after it, and asking why logs more
             raise EngineMismatchError(
-                f"TensorRT {metadata.version} does not load the engine{_why(trt, runtime, data)}: {log.last}",
+                f"TensorRT {metadata.version} does not load the engine{_why(trt, runtime, data)}: {reason}",
                 f"rebuild it on this host: {rebuild_command(metadata)}",
             )
     interface = _interface(engine, metadata)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_export.engines.build_info import BuildInfo, BuildSettings, Execution
+from gptoss_export.engines.machine import available_memory
 from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.tensorrt.cache import slots_for
 from gptoss_export.engines.tensorrt.flavor import find_flavor, gpu_problem
@@ -20,13 +21,14 @@ from gptoss_export.engines.tensorrt.metadata import (
 )
 from gptoss_export.engines.tensorrt.precision import Precision
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout, TensorRef
-from gptoss_export.exporter.errors import GraphError, TargetUnavailableError
+from gptoss_export.exporter.errors import GraphError, OutOfMemoryError, TargetUnavailableError
 from gptoss_export.exporter.progress import format_bytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
+_COPIES, _BASE_BYTES = 2.25, 1 << 30
 _PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
@@ -44,11 +46,29 @@ def check(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings)
             f"trt-{precision.value} runs MXFP4 experts, and those of {checkpoint.root} are bfloat16",
             "export the MXFP4 checkpoint, or use --target onnx or ort-cpu",
         )
+    need, available = ram_bytes(precision, checkpoint, settings), available_memory()
+    if available is not None and need > available:
+        raise OutOfMemoryError(
+            f"building trt-{precision.value} takes about {format_bytes(need)} of memory, {format_bytes(available)} "
+            "are free",
+            "use --engine-weights external" if options.engine_weights == "embedded" else "use a host with more memory",
+        )
     if options.plugin and importlib.util.find_spec("triton") is None:
         raise TargetUnavailableError(
             "the experts' kernels are compiled by triton, which this Python has not",
             "pip install 'gptoss-export[trt-rtx]', or use --trt-experts function",
         )
+
+
+def ram_bytes(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings) -> int:
+    """What building the engine takes of this host's memory: TensorRT holds constants two and a quarter times."""
+    from gptoss_export.engines.tensorrt.dense import dense_tensors
+    from gptoss_export.engines.tensorrt.lower import is_external
+
+    dense = sum(ref.nbytes for ref in dense_tensors(checkpoint)) * (2 if precision is Precision.FP32 else 1)
+    embedded = settings.engine.engine_weights == "embedded"
+    others = sum(ref.nbytes for ref in checkpoint.tensors.values() if embedded and is_external(ref.name))
+    return _BASE_BYTES + int(_COPIES * (dense + others))
 
 
 def own_bytes(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings) -> int:
@@ -112,6 +132,7 @@ def build(
         ),
         folder,
     )
+    settings.progress.note(f"engine: built with at most {format_bytes(result.peak_rss)} of memory")
     experts = "plugin" if options.plugin else "function body"
     notes.append(f"engine: {format_bytes(result.nbytes)}, {result.layers} layers, experts by {experts}")
     if inputs:
