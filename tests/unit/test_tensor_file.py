@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
@@ -53,7 +54,7 @@ def test_others_read_what_was_written(tmp_path: Path) -> None:
 def test_our_own_reader_which_refuses_holes_and_overlaps_takes_it(tmp_path: Path) -> None:
     file = planned(tmp_path)
     write_tensor_file(file, pieces(file))
-    found = {ref.stored_name: ref for ref in read_header(file.path).values()}
+    found = read_header(file.path)
     for name, ref in file.tensors.items():
         assert (found[name].dtype, found[name].shape) == (ref.dtype, ref.shape)
         assert (found[name].offset, found[name].nbytes) == (ref.offset, ref.nbytes)
@@ -70,7 +71,7 @@ def test_every_tensor_lies_on_64_bytes_and_the_file_has_the_planned_size(tmp_pat
 def test_tensors_keep_their_order_and_do_not_overlap(tmp_path: Path) -> None:
     refs = list(planned(tmp_path).tensors.values())
     assert [ref.name for ref in refs] == list(TENSORS)
-    assert all(a.offset + a.nbytes <= b.offset for a, b in zip(refs, refs[1:], strict=False))
+    assert all(a.offset + a.nbytes <= b.offset for a, b in pairwise(refs))
 
 
 def test_pieces_may_come_in_any_order_and_in_parts(tmp_path: Path) -> None:
@@ -107,10 +108,10 @@ def test_what_the_pieces_raise_comes_through(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     file = planned(tmp_path)
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(ZeroDivisionError):
         write_tensor_file(file, broken())
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

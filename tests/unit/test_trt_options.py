@@ -1,4 +1,4 @@
-"""The options of TensorRT engines as a user gives them; what `EngineOptions` itself refuses is in test_trt_flavor.py."""
+"""The options of TensorRT engines as a user gives them; test_trt_flavor.py has what `EngineOptions` itself refuses."""
 
 from __future__ import annotations
 
@@ -62,14 +62,16 @@ def test_a_prompt_longer_than_the_text_is_refused() -> None:
 @pytest.mark.parametrize("name", ["--max-batch", "--max-prompt", "--max-context"])
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", ""])
 def test_sizes_are_whole_numbers_from_one_on(name: str, value: str) -> None:
-    with pytest.raises(click.BadParameter, match=name):
+    with pytest.raises(click.BadParameter) as caught:
         given(name, value)
+    assert name in caught.value.format_message()
 
 
 @pytest.mark.parametrize("name", ["--trt-flavor", "--engine-weights", "--trt-experts"])
 def test_other_words_are_refused(name: str) -> None:
-    with pytest.raises(click.BadParameter, match=name):
+    with pytest.raises(click.BadParameter) as caught:
         given(name, "lean")
+    assert name in caught.value.format_message()
 
 
 def test_the_help_names_every_option_and_its_default() -> None:

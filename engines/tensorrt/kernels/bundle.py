@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -67,7 +68,8 @@ class KernelBundle:
                 cubins.append(kernel.cubin)
         document = {"shape": asdict(self.shape), "triton": self.triton, "archs": self.archs, "kernels": entries}
         header = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-        data = b"".join([_PREFIX.pack(MAGIC, VERSION, len(header)), header, *cubins])
+        # Four copies a layer lie in an engine, so their size counts.
+        data = b"".join([_PREFIX.pack(MAGIC, VERSION, len(header)), header, zlib.compress(b"".join(cubins), 9)])
         return data + hashlib.sha256(data).digest()
 
     @staticmethod
@@ -85,9 +87,21 @@ class KernelBundle:
             raise _damaged("are shorter than their header says")
         try:
             document = json.loads(data[_PREFIX.size : end])
-            return _bundle(document, memoryview(data)[end:-32])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return _bundle(document, _unpacked(document, data[end:-32]))
+        except (ValueError, KeyError, zlib.error, TypeError, RecursionError) as error:
             raise _damaged(f"have an unreadable header ({type(error).__name__})") from error
+
+
+def _unpacked(document: dict[str, Any], packed: bytes) -> memoryview:
+    """The cubins, of exactly the size that the header says, whatever was packed."""
+    size = sum(_integer(entry["nbytes"], 1, MAX_BYTES) for entry in document["kernels"])
+    if size > MAX_BYTES:
+        raise ValueError("cubins")
+    unpacker = zlib.decompressobj()
+    cubins = unpacker.decompress(packed, size + 1)
+    if len(cubins) != size or unpacker.unconsumed_tail or not unpacker.eof or unpacker.unused_data:
+        raise ValueError("cubins")
+    return memoryview(cubins)
 
 
 def parameter_kinds(spec: KernelSpec) -> tuple[str, ...]:
