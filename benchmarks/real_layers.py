@@ -28,8 +28,9 @@ def main() -> None:
     if not checkpoint.exists():
         run([GPTOSS, "synth", checkpoint, "--preset", "20b", "--layers", "2"])
     shutil.rmtree(output, ignore_errors=True)
+    parity = ["--parity", arguments.parity, "--allow-unexecuted"]
     choice = [word for target in targets for word in ("--target", target)]
-    cost = run([GPTOSS, *choice, "--model", checkpoint, "--output", output, "--parity", arguments.parity])
+    cost = run([GPTOSS, *choice, "--model", checkpoint, "--output", output, *parity])
     print(f"{machine()}; export and validation: {cost.seconds:.0f} s, peak RSS {cost.peak_rss / 2**30:.2f} GiB")
     for report in sorted(output.rglob("parity.md")):
         print(report.read_text(encoding="utf-8"))

@@ -2,8 +2,8 @@
 
     python benchmarks/trt_20b.py /fast/disk --target trt-fp16
 
-Needs 14 GB there for the checkpoint and 5 GB for the artifact, whose weights are hard links. No GPU is needed, and nothing
-is executed.
+Needs 14 GB there for the checkpoint and 5 GB for the artifact, whose weights are hard links. No GPU is needed, and
+nothing is executed.
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ bfloat16 changes less than int8 does."""
 FLOAT32_ENGINE = Gates(max_kl_mean=1e-8, max_logit_diff=1e-3, min_top1_agreement=1.0)
 """For an engine in float32 that picks its own kernels: another order of summation in every matrix product."""
 
-ROUNDED_ENGINE = Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=0.99, spare_positions=1)
+ROUNDED_ENGINE = Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=0.99, spare_positions=2)
 """For an engine in 16 bits, the least that is asked however small the noise floor: what 16-bit activations show on a
-CPU, and an agreement that one position in a hundred may break."""
+CPU, and an agreement that one position in a hundred may break. Two of a scenario may whatever the share: the floor of
+the small checkpoint in bfloat16 rests on one flip in 69 positions, and another order of rounding flips another two."""
 
 FACTOR = 3.0
 """How many times the noise floor a target may show, in each figure. The largest logit difference needs the same factor

@@ -146,7 +146,8 @@ class _Lowering:
     def _linear(self, node: ir.Node) -> None:
         x, weight, bias = node.inputs
         assert weight is not None and bias is not None
-        weight.dtype = bias.dtype = self._type
+        for value in (weight, bias):
+            _retype(value, self._type)
         y = self._emit("Gemm", [self._put.narrow(x), weight, bias], f"{node.name}.gemm", {"transB": 1}, self._type)
         # The output of o_proj joins the residual; q, k and v go on in the target's type.
         wide = any(use.op_type == "Add" for use in node.outputs[0].consumers())
@@ -155,7 +156,7 @@ class _Lowering:
     def _head(self, node: ir.Node) -> None:
         x, weight = node.inputs
         assert weight is not None
-        weight.dtype = self._type
+        _retype(weight, self._type)
         y = self._emit("Gemm", [self._put.narrow(x), weight], f"{node.name}.gemm", {"transB": 1}, self._type)
         logits = self._put.wide(y, "logits")
         logits.name = "logits"
@@ -183,7 +184,8 @@ class _Lowering:
                 "TensorScatter", [past, new, self._write], f"{present.name}.update", {"axis": 2}, self._type
             )
             for value in (past, cache):
-                value.dtype, value.shape = self._type, self._cache_shape(past)
+                _retype(value, self._type)
+                value.shape = self._cache_shape(past)
             caches.append(cache)
             read.append(self._emit("Slice", [cache, *bounds], f"{present.name}.read", dtype=self._type))
         mask = self._mask(sinks, window, heads, node.name)
@@ -261,7 +263,7 @@ class _Lowering:
         for value in stored:
             assert value is not None
             if value.dtype == ir.DataType.UINT8:
-                value.dtype = ir.DataType.INT8
+                _retype(value, ir.DataType.INT8)
         y = self._emit(
             "MoEExpertsMXFP4",
             [self._put.narrow(x), weights, experts, *stored],
@@ -283,6 +285,11 @@ class _Lowering:
         assert x is not None
         last = self._emit("Reshape", [x, split], f"{name}.last", dtype=x.dtype)
         return self._emit("Transpose", [last], name, {"perm": [0, 2, 1, 3]}, x.dtype)
+
+
+def _retype(value: ir.Value, dtype: ir.DataType) -> None:
+    """Another type for a value that was cloned, whose type object is still that of the original."""
+    value.type = ir.TensorType(dtype)
 
 
 def _fixed(value: ir.Value | None, axis: int) -> int:

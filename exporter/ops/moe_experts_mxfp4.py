@@ -90,7 +90,9 @@ _BODY = f"""<swiglu_alpha, swiglu_limit>
         {_matrices("down")}
         down_products = MatMul (a, down_w_t)
         out = Add (down_products, down_b)
-        weighted = Mul (out, weight)
+        of_all = Mul (out, weight)
+        idle = Equal (weight, zero)
+        weighted = Where (idle, zero, of_all)
         y = ReduceSum <keepdims = 0> (weighted, first_axis)
     }}"""
 
