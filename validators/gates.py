@@ -49,10 +49,9 @@ bfloat16 changes less than int8 does."""
 FLOAT32_ENGINE = Gates(max_kl_mean=1e-8, max_logit_diff=1e-3, min_top1_agreement=1.0)
 """For an engine in float32 that picks its own kernels: another order of summation in every matrix product."""
 
-ROUNDED_ENGINE = Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=0.99, spare_positions=2)
+ROUNDED_ENGINE = Gates(max_kl_mean=2e-8, max_logit_diff=2e-3, min_top1_agreement=0.99, spare_positions=1)
 """For an engine in 16 bits, the least that is asked however small the noise floor: what 16-bit activations show on a
-CPU, and an agreement that one position in a hundred may break. Two of a scenario may whatever the share: the floor of
-the small checkpoint in bfloat16 rests on one flip in 69 positions, and another order of rounding flips another two."""
+CPU, and an agreement that one position in a hundred may break."""
 
 FACTOR = 3.0
 """How many times the noise floor a target may show, in each figure. The largest logit difference needs the same factor
@@ -70,8 +69,9 @@ class GatePolicy:
     """From what the gates of a target follow: absolute limits alone, or those and a noise floor.
 
     With a floor_dtype the limit of mean KL is max(absolute, factor * floor's), that of the logit difference
-    likewise, and that of top-1 agreement min(absolute, 1 - factor * (1 - floor's)). Raises ValueError for a
-    factor that is none.
+    likewise, and that of top-1 agreement min(absolute, 1 - factor * flips), where flips is the floor's share of
+    positions with another top-1 by Laplace's rule of succession, (disagreements + 1) / (positions + 2): one flip
+    in 69 positions is no measurement to three digits. Raises ValueError for a factor that is none.
     """
 
     absolute: Gates
@@ -107,7 +107,7 @@ class GatePolicy:
         gates = Gates(
             max_kl_mean=max(a.max_kl_mean, self.factor * kl),
             max_logit_diff=max(a.max_logit_diff, self.factor * diff),
-            min_top1_agreement=min(a.min_top1_agreement, 1 - self.factor * (1 - agreement)),
+            min_top1_agreement=min(a.min_top1_agreement, 1 - self.factor * (m.disagreements + 1) / (m.positions + 2)),
             spare_positions=a.spare_positions,
         )
         if gates.max_kl_mean > MOST_KL or gates.min_top1_agreement < LEAST_AGREEMENT:
