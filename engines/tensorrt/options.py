@@ -46,6 +46,11 @@ class EngineOptions:
                 raise EngineBuildError(f"{name} is {value!r}", f"give a whole number from 1 on as {name}")
         _at_most("max_prompt", self.max_prompt, "max_context", self.max_context)
         _at_most("max_batch", self.max_batch, "max_logits", self.max_logits)
+        if self.engine_weights == "embedded" and not self.plugin:
+            raise EngineBuildError(
+                "experts by their function body cannot be embedded: TensorRT takes bytes as constants of a plugin alone",
+                "leave the weights external, or run the experts in our kernels",
+            )
         for capability in self.compute_capabilities:
             if not _COMPUTE_CAPABILITY.fullmatch(capability):
                 raise EngineBuildError(

@@ -59,6 +59,13 @@ def test_a_prompt_longer_than_the_text_is_refused() -> None:
     assert caught.value.exit_code == 33
 
 
+def test_bytes_are_constants_of_a_plugin_alone() -> None:
+    """What TensorRT itself says to it, after everything was written, names neither option."""
+    with pytest.raises(EngineBuildError, match="function body cannot be embedded") as caught:
+        given("--engine-weights", "embedded", "--trt-experts", "function")
+    assert "external" in caught.value.next_step
+
+
 @pytest.mark.parametrize("name", ["--max-batch", "--max-prompt", "--max-context"])
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", ""])
 def test_sizes_are_whole_numbers_from_one_on(name: str, value: str) -> None:
