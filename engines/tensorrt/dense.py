@@ -1,7 +1,8 @@
 """The dense weights in the target's type: an audit of their range, and the one file of the artifact that holds them.
 
-bfloat16 targets read them from the checkpoint. float32 holds every bfloat16; float16 has three bits more of mantissa,
-so a weight is kept exactly where it is large enough (2^-14 with all its bits, 2^-24 at all) and not above 65504.
+bfloat16 targets read them from the checkpoint, where they are audited all the same. float32 holds every bfloat16;
+float16 has three bits more of mantissa, so a weight is kept exactly where it is large enough (2^-14 with all its bits,
+2^-24 at all) and not above 65504.
 """
 
 from __future__ import annotations
@@ -74,13 +75,26 @@ def write_dense(checkpoint: Checkpoint, precision: Precision, file: TensorFile) 
     return audit.range
 
 
+def audit_dense(checkpoint: Checkpoint) -> None:
+    """For bfloat16, in which nothing is converted: raises WeightRangeError for a weight that is no number."""
+    audit = _Audit(Precision.BF16)
+    for ref in dense_tensors(checkpoint):
+        for start, rows in _rows(ref):
+            audit.convert(ref, start, rows)
+
+
+def _rows(ref: TensorRef) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The first row of a piece, and the piece, a few megabytes at a time."""
+    step = max(1, _CHUNK_WEIGHTS // (ref.shape[1] if len(ref.shape) > 1 else 1))
+    for start in range(0, ref.shape[0], step):
+        yield start, read_rows(ref, start, min(start + step, ref.shape[0]))
+
+
 def _pieces(checkpoint: Checkpoint, file: TensorFile, audit: _Audit) -> Iterator[tuple[int, NDArray[Any]]]:
     for ref in dense_tensors(checkpoint):
         at = file.tensors[ref.name].offset
-        width = ref.shape[1] if len(ref.shape) > 1 else 1
-        step = max(1, _CHUNK_WEIGHTS // width)
-        for start in range(0, ref.shape[0], step):
-            converted = audit.convert(ref, start, read_rows(ref, start, min(start + step, ref.shape[0])))
+        for start, rows in _rows(ref):
+            converted = audit.convert(ref, start, rows)
             yield at, converted
             at += converted.nbytes
 
@@ -109,11 +123,14 @@ class _Audit:
     def _refuse(
         self, ref: TensorRef, start: int, values: NDArray[Any], magnitudes: NDArray[Any], limit: np.float32
     ) -> None:
-        held = 65504.0 if self._dtype == np.float16 else 3.4028235e38
         index = tuple(int(i) for i in np.argwhere(~(magnitudes < limit))[0])
         where = f"row {start + index[0]}" + (f", column {index[1]}" if len(index) > 1 else "")
+        if not np.isfinite(values[index]):
+            raise WeightRangeError(
+                f"{ref.name}: the weight in {where} is {values[index]:g}",
+                f"Download {ref.file.name} again; no number format has room for such a weight.",
+            )
         raise WeightRangeError(
-            f"{ref.name}: the weight in {where} is {values[index]:g}, which {self._dtype} cannot hold "
-            f"(largest {held:g})",
+            f"{ref.name}: the weight in {where} is {values[index]:g}, which float16 cannot hold (largest 65504)",
             "Export for trt-bf16, which has the range of the checkpoint's own type.",
         )

@@ -4,11 +4,12 @@
              past_key_values.N.key / .value [B, kv_heads, C, D] of the target's type; external weights by name
     outputs  logits [R, vocab] float32, present.N.key / .value like the past, which an engine updates in place
 
-Tokens are rows, T = B S of them. Residual, norms, RoPE, router, softmax and logits are float32; matrices and attention
-have the target's type, in the graph itself, since TensorRT's networks are strongly typed. Slot 0 of the cache is the
-sink: its key and value are zero, so its score is what the mask adds, the sink's logit of each head, and it brings
-nothing but its share of the denominator. Masks come from positions, as everywhere in the dialect. C, the slots of a
-cache, is fixed, since TensorRT updates no others; attention reads the first L of them, as many as key_positions name.
+Tokens are rows, T = B S of them. Residual, norms, RoPE, router and the softmax over experts are float32, and so are the
+logits once lm_head's product is made; matrices and attention have the target's type, in the graph itself, since
+TensorRT's networks are strongly typed. Slot 0 of the cache is the sink: its key and value are zero, its score is what
+the mask adds, the sink's logit of each head, and it brings nothing but its share of the denominator. Masks come from
+positions, as everywhere in the dialect. C, the slots of a cache, is fixed, since TensorRT updates no others; attention
+reads the first L of them, as many as key_positions name.
 """
 
 from __future__ import annotations

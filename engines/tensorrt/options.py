@@ -48,7 +48,7 @@ class EngineOptions:
         _at_most("max_batch", self.max_batch, "max_logits", self.max_logits)
         if self.engine_weights == "embedded" and not self.plugin:
             raise EngineBuildError(
-                "experts by their function body cannot be embedded: TensorRT takes bytes as constants of a plugin alone",
+                "experts by their function body cannot be embedded: TensorRT takes constant bytes for plugins alone",
                 "leave the weights external, or run the experts in our kernels",
             )
         for capability in self.compute_capabilities:

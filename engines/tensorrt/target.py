@@ -151,16 +151,18 @@ def write_graph(
     settings: BuildSettings,
 ) -> tuple[dict[str, EngineInput], list[str]]:
     """The part of `build` before the engine: model.onnx and dense/. Returns the engine's weight inputs and notes."""
-    from gptoss_export.engines.tensorrt.dense import plan_dense, write_dense
+    from gptoss_export.engines.tensorrt.dense import audit_dense, plan_dense, write_dense
     from gptoss_export.engines.tensorrt.lower import is_external, lower
 
     options, notes = settings.engine, []
     external = options.engine_weights == "external"
     model = lower(graph.clone(), precision, slots=slots_for(options.max_context), external_weights=external)
     dense = plan_dense(checkpoint, precision, folder)
-    if dense:
-        with settings.progress.task(f"dense weights in {precision.value}"):
+    with settings.progress.task(f"dense weights in {precision.value}"):
+        if dense:
             notes.append(f"{dense.path.relative_to(folder)}: {write_dense(checkpoint, precision, dense)}")
+        else:
+            audit_dense(checkpoint)
     converted = dense.tensors if dense else {}
     inputs = {name: ref for name, ref in checkpoint.tensors.items() if external and is_external(name)}
     stored = {n: ref for n, ref in checkpoint.tensors.items() if n not in inputs and n not in converted}

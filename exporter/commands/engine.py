@@ -66,6 +66,7 @@ def engine_options(command: _F) -> _F:
 def engine_options_of(given: Mapping[str, Any]) -> EngineOptions:
     """What was given on the command line. Raises EngineBuildError for values that exclude each other."""
     sizes = {name: given[name] for name in ("max_batch", "max_prompt", "max_context")}
+    sizes["max_prompt"] = min(sizes["max_prompt"], sizes["max_context"])  # no prompt is longer than a text
     return EngineOptions(
         flavor=given["trt_flavor"],
         engine_weights=given["engine_weights"],

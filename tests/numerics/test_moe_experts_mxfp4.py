@@ -1,4 +1,4 @@
-"""The experts as TensorRT takes them: both bodies in ONNX Runtime against the definition in float64, and against torch."""
+"""The experts as TensorRT takes them: both bodies in ONNX Runtime against the definition in float64, and torch's."""
 
 from __future__ import annotations
 
