@@ -23,7 +23,8 @@ class Gates:
 
     max_kl_mean in nats, max_logit_diff on |candidate - reference|, min_top1_agreement as a share with ties
     aside; spare_positions of a scenario may disagree whatever share that is, because one of three positions
-    says nothing about a share. That every logit is finite and that every scenario ran is no limit but a
+    says nothing about a share; each of them may add spare_kl nats to the scenario's sum, because where rounding
+    exchanges an expert one position makes the whole mean. That every logit is finite and that every scenario ran is no limit but a
     condition, the same for all.
     """
 
@@ -31,6 +32,11 @@ class Gates:
     max_logit_diff: float
     min_top1_agreement: float
     spare_positions: int = 0
+    spare_kl: float = 0.0
+
+    def kl_limit(self, positions: int) -> float:
+        """Of the mean KL of a scenario of so many positions."""
+        return self.max_kl_mean + self.spare_positions * self.spare_kl / positions
 
 
 EXACT = Gates(max_kl_mean=1e-9, max_logit_diff=1e-4, min_top1_agreement=1.0)
@@ -69,9 +75,10 @@ class GatePolicy:
     """From what the gates of a target follow: absolute limits alone, or those and a noise floor.
 
     With a floor_dtype the limit of mean KL is max(absolute, factor * floor's), that of the logit difference
-    likewise, and that of top-1 agreement min(absolute, 1 - factor * flips), where flips is the floor's share of
-    positions with another top-1 by Laplace's rule of succession, (disagreements + 1) / (positions + 2): one flip
-    in 69 positions is no measurement to three digits. Raises ValueError for a factor that is none.
+    likewise, and a spare position may add factor * floor's worst KL. The limit of top-1 agreement is
+    min(absolute, 1 - factor * flips), where flips is the floor's share of positions with another top-1 by
+    Laplace's rule of succession, (disagreements + 1) / (positions + 2): one flip in 69 positions is no
+    measurement to three digits. Raises ValueError for a factor that is none.
     """
 
     absolute: Gates
@@ -95,13 +102,13 @@ class GatePolicy:
             needed = "none" if self.floor_dtype is None else f"one of {self.floor_dtype}"
             raise _no_floor(f"the gates need {needed}, and {found} was measured")
         m = floor.metrics
-        kl, diff, agreement = m.kl_mean, m.logit_diff_max, m.top1_agreement
+        kl, worst, diff, agreement = m.kl_mean, m.kl_max, m.logit_diff_max, m.top1_agreement
         if m.non_finite != 0:
             raise _no_floor(f"transformers in {floor.dtype} gives {m.non_finite} logits that are not finite")
-        if m.positions < 1 or agreement is None or kl is None or diff is None:
+        if m.positions < 1 or agreement is None or kl is None or worst is None or diff is None:
             raise _no_floor(f"no position was compared in {floor.dtype}")
         # Written so that NaN fails.
-        if not (0 <= kl < math.inf and 0 <= diff < math.inf and 0 <= agreement <= 1):
+        if not (0 <= kl < math.inf and 0 <= worst < math.inf and 0 <= diff < math.inf and 0 <= agreement <= 1):
             raise _no_floor(f"mean KL {kl}, logit difference {diff} and agreement {agreement} cannot be")
         a = self.absolute
         gates = Gates(
@@ -109,6 +116,7 @@ class GatePolicy:
             max_logit_diff=max(a.max_logit_diff, self.factor * diff),
             min_top1_agreement=min(a.min_top1_agreement, 1 - self.factor * (m.disagreements + 1) / (m.positions + 2)),
             spare_positions=a.spare_positions,
+            spare_kl=max(a.spare_kl, self.factor * worst),
         )
         if gates.max_kl_mean > MOST_KL or gates.min_top1_agreement < LEAST_AGREEMENT:
             raise _no_floor(
@@ -170,7 +178,7 @@ def judge(metrics: Mapping[str, Metrics], gates: Gates) -> Verdict:
             failures.append(Failure(scenario, "non_finite", float(m.non_finite), 0.0))
         # Written so that NaN, for which every comparison is false, fails.
         for gate, measured, limit in (
-            ("max_kl_mean", m.kl_mean, gates.max_kl_mean),
+            ("max_kl_mean", m.kl_mean, gates.kl_limit(m.positions)),
             ("max_logit_diff", m.logit_diff_max, gates.max_logit_diff),
         ):
             if measured is None or not measured <= limit:

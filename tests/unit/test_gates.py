@@ -68,11 +68,26 @@ def test_gates_follow_from_the_floor() -> None:
     gates = FP16.resolve(FloorRecord("float16", FLOOR))
     assert (gates.max_kl_mean, gates.max_logit_diff) == pytest.approx((3e-4, 1.5), rel=1e-12)
     assert gates.min_top1_agreement == pytest.approx(1 - 3 * 11 / 402, rel=1e-12)
-    assert gates.spare_positions == 1
+    assert (gates.spare_positions, gates.spare_kl) == (1, pytest.approx(3e-2, rel=1e-12))
+    assert gates.kl_limit(27) == pytest.approx(3e-4 + 3e-2 / 27, rel=1e-12)
+
+
+def test_one_position_of_a_short_scenario_may_be_as_bad_as_the_floors_worst() -> None:
+    limits = replace(LIMITS, max_kl_mean=3e-4, spare_positions=1, spare_kl=3e-2)
+
+    def passes(positions: int, kl_sum: float, gates: Gates = limits) -> bool:
+        m = replace(GOOD, positions=positions, agreements=positions - 1, kl_mean=kl_sum / positions, kl_max=kl_sum)
+        return judge(dict.fromkeys(SCENARIOS, m), gates).passed
+
+    assert passes(27, 2.9e-2)
+    assert not passes(27, 2.9e-2, replace(limits, spare_kl=0.0))
+    assert not passes(27, 2.9e-2, replace(limits, spare_positions=0))
+    assert not passes(27, 2 * 2.9e-2)
+    assert not passes(270, 270 * 5e-4)
 
 
 def test_a_small_floor_leaves_the_absolute_gates() -> None:
-    small = replace(FLOOR, agreements=400, ties=0, disagreements=0, kl_mean=0.0, logit_diff_max=0.0)
+    small = replace(FLOOR, agreements=400, ties=0, disagreements=0, kl_mean=0.0, kl_max=0.0, logit_diff_max=0.0)
     assert FP16.resolve(FloorRecord("float16", small)) == FP16.absolute
 
 
@@ -82,6 +97,9 @@ def test_a_small_floor_leaves_the_absolute_gates() -> None:
         ({"non_finite": 1}, "not finite"),
         ({"positions": 0, "agreements": 0, "ties": 0, "disagreements": 0}, "no position"),
         ({"kl_mean": None}, "no position"),
+        ({"kl_max": None}, "no position"),
+        ({"kl_max": math.inf}, "cannot be"),
+        ({"kl_max": math.nan}, "cannot be"),
         ({"logit_diff_max": None}, "no position"),
         ({"kl_mean": math.nan}, "cannot be"),
         ({"kl_mean": math.inf}, "cannot be"),

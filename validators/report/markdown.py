@@ -99,13 +99,14 @@ def _figures(m: Metrics) -> tuple[str, ...]:
 def _gates(report: ParityReport) -> str:
     g, a = report.gates, report.policy.absolute
     relative = f"{report.policy.factor:g} x the noise floor"
+    spare_kl = f", and {_number(g.spare_kl)} / positions for {g.spare_positions} of them" if g.spare_kl else ""
     spare = f", or all but {g.spare_positions} of a scenario's" if g.spare_positions else ""
 
     def source(resolved: float, absolute: float) -> str:
         return "absolute" if resolved == absolute else relative
 
     rows = [
-        ("mean KL, at most", _number(g.max_kl_mean), source(g.max_kl_mean, a.max_kl_mean)),
+        ("mean KL, at most", f"{_number(g.max_kl_mean)}{spare_kl}", source(g.max_kl_mean, a.max_kl_mean)),
         ("logit difference, at most", _number(g.max_logit_diff), source(g.max_logit_diff, a.max_logit_diff)),
         (
             "top-1 agreement, ties aside, at least",
