@@ -24,8 +24,8 @@ class Gates:
     max_kl_mean in nats, max_logit_diff on |candidate - reference|, min_top1_agreement as a share with ties
     aside; spare_positions of a scenario may disagree whatever share that is, because one of three positions
     says nothing about a share; each of them may add spare_kl nats to the scenario's sum, because where rounding
-    exchanges an expert one position makes the whole mean. That every logit is finite and that every scenario ran is no limit but a
-    condition, the same for all.
+    exchanges an expert one position makes the whole mean. That every logit is finite and that every scenario
+    ran is no limit but a condition, the same for all.
     """
 
     max_kl_mean: float
