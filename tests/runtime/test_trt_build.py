@@ -415,7 +415,12 @@ def test_signals(
     pid_file = folder.parent / "child.pid"
     monkeypatch.setenv("CHILD_PID", str(pid_file))
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(folder)], start_new_session=True, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT, str(folder)],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, Ctrl-C is ignored, and so it would be there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     child = int(_eventually(lambda: pid_file.exists() and pid_file.read_text()))
     (os.killpg if to_group else os.kill)(parent.pid, number)

@@ -144,7 +144,10 @@ def test_experts_become_plugins_that_carry_their_kernels(tmp_path: Path, child, 
     assert list(result.seconds) == ["kernels", "parse", "build", "write"]
     assert result.kernel_bytes > len(MARK)
     engine = (tmp_path / "engine.plan").read_bytes()
-    assert engine.count(MARK) >= LAYERS
+    assert engine.count(MAGIC) >= LAYERS
+    stored = KernelBundle.from_bytes(engine[(start := engine.index(MAGIC)) : start + result.kernel_bytes])
+    assert stored.shape == shape
+    assert all(MARK in kernel.cubin for kernels in stored.kernels.values() for kernel in kernels.values())
 
 
 def test_kernels_are_for_the_chosen_gpus(tmp_path: Path, child) -> None:
@@ -190,7 +193,7 @@ def test_without_plugin_the_function_body_is_built(tmp_path: Path) -> None:
     path = experts_graph(tmp_path / "model.onnx")
     result = build_engine(path, tmp_path / "engine.plan", EngineOptions(plugin=False))
     assert result.plugin_layers == result.kernel_bytes == 0
-    assert MARK not in (tmp_path / "engine.plan").read_bytes()
+    assert MAGIC not in (tmp_path / "engine.plan").read_bytes()
 
 
 @pytest.mark.parametrize(
