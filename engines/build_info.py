@@ -30,7 +30,8 @@ class Execution:
     """What runs an artifact on this host.
 
     name, version, provider: of the engine. not_executed_reason: why it cannot run here, and ran_instead: what runs the
-    graph in its place; both None where it can. max_batch: rows of one call, None for any number.
+    graph in its place; both None where it can. max_batch: rows of one call; max_context: positions of a row; None for
+    any number.
     """
 
     name: str
@@ -39,3 +40,4 @@ class Execution:
     not_executed_reason: str | None = None
     ran_instead: str | None = None
     max_batch: int | None = None
+    max_context: int | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_export.engines.build_info import BuildInfo, BuildSettings, Execution
+from gptoss_export.engines.inspector import Inspector
 from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.tensorrt import target as tensorrt
 from gptoss_export.engines.tensorrt.flavor import find_flavor
@@ -26,6 +27,7 @@ class Target:
 
     build: canonical graph, checkpoint, artifact folder, the weights' folder in it, settings -> writes the model.
     open_runner: artifact folder, number of threads (None: all cores) -> a runner of the artifact as it lies on disk.
+    inspect: the same for what looks inside; of an engine that shows nothing, its graph.
     requires: what has to be importable for either. check_host: raises TargetUnavailableError for what else is missing.
     execution: what runs an artifact's folder on this host; where that is not its engine, stand_in runs its graph.
     check: raises TargetUnavailableError for a checkpoint and settings that cannot be built here.
@@ -40,6 +42,7 @@ class Target:
     requires: tuple[str, ...]
     build: Callable[[ir.Model, Checkpoint, Path, str, BuildSettings], BuildInfo]
     open_runner: Callable[[Path, int | None], Runner]
+    inspect: Callable[[Path, int | None], Inspector]
     execution: Callable[[Path], Execution]
     check_host: Callable[[], object] = lambda: None
     stand_in: Callable[[Path, int | None], Runner] | None = None
@@ -124,6 +127,24 @@ def _open_ort_cpu(folder: Path, threads: int | None = None) -> Runner:
     return open_ort_runner(folder, "CPUExecutionProvider", threads)
 
 
+def _inspect_onnx(folder: Path, threads: int | None = None) -> Inspector:
+    from gptoss_export.engines.ort.inspect import open_ort_inspector
+
+    return open_ort_inspector(folder, "CPUExecutionProvider", threads, kernels=False)
+
+
+def _inspect_ort_cpu(folder: Path, threads: int | None = None) -> Inspector:
+    from gptoss_export.engines.ort.inspect import open_ort_inspector
+
+    return open_ort_inspector(folder, "CPUExecutionProvider", threads, kernels=True)
+
+
+def _inspect_trt(folder: Path, threads: int | None = None) -> Inspector:
+    from gptoss_export.engines.tensorrt.graph_inspect import open_graph_inspector
+
+    return open_graph_inspector(folder, threads)
+
+
 def _ort_execution(folder: Path) -> Execution:
     from importlib.metadata import version
 
@@ -138,6 +159,7 @@ def _trt(name: str, precision: Precision, summary: str) -> Target:
         requires=("onnx", "onnxruntime"),
         build=partial(tensorrt.build, precision),
         open_runner=tensorrt.open_engine,
+        inspect=_inspect_trt,
         execution=tensorrt.execution,
         check_host=find_flavor,
         stand_in=tensorrt.open_graph,
@@ -157,6 +179,7 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_onnx,
             open_runner=_open_onnx,
+            inspect=_inspect_onnx,
             execution=_ort_execution,
         ),
         Target(
@@ -166,6 +189,7 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu,
             open_runner=_open_ort_cpu,
+            inspect=_inspect_ort_cpu,
             execution=_ort_execution,
             kernels=_ort_kernels,
         ),
@@ -176,6 +200,7 @@ TARGETS: dict[str, Target] = {
             requires=("onnx", "onnxruntime"),
             build=_build_ort_cpu_int8,
             open_runner=_open_ort_cpu,
+            inspect=_inspect_ort_cpu,
             execution=_ort_execution,
             own_bytes=_int8_bytes,
             kernels=_ort_kernels,

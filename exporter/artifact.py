@@ -35,8 +35,8 @@ from gptoss_export.exporter.weights import FileRecord, WeightsMode, hash_files
 
 MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
-REPORT_NAMES = ("parity.json", "parity.md")
-SCHEMA_VERSION = 1
+REPORT_NAMES = ("parity.json", "parity.md", "parity.html", "junit.xml")
+SCHEMA_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 
 Verdict = Literal["pass", "fail", "not executed", "not validated"]
@@ -51,12 +51,13 @@ class ParityRecord:
 
     not executed: the graph keeps its gates, and the engine that was built from it was never run. effort:
     `quick` or `full`; report_sha256: the report's hash without its time stamp. Both are None exactly when
-    nothing was validated.
+    nothing was validated. loosened: gates that were set to let more pass than the target's own.
     """
 
     verdict: Verdict
     effort: str | None = None
     report_sha256: str | None = None
+    loosened: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ def _from_dict(raw: Mapping[str, object]) -> Manifest:
             verdict,
             None if effort is None else _get(parity, "effort", str),
             None if report is None else _digest(_get(parity, "report_sha256", str)),
+            tuple(str(gate) for gate in _get(parity, "loosened", list)),
         ),
         created_at=_checked("created_at", lambda: datetime.fromisoformat(_get(raw, "created_at", str)).isoformat()),
     )

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import click
 from click.core import ParameterSource
 
-from gptoss_export.exporter.commands import artifact, bench, generate, synth
+from gptoss_export.exporter.commands import artifact, bench, generate, polygraphy, report, synth
 from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
+from gptoss_export.exporter.commands.gates import gate_option
 from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
     json_option,
     print_json,
+    prompts_option,
     threads_option,
 )
 from gptoss_export.exporter.errors import AccessError, DiskSpaceError, GptossExportError, OutOfMemoryError
@@ -97,6 +99,8 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     show_default=True,
     help="How thoroughly to compare the artifact with PyTorch.",
 )
+@prompts_option
+@gate_option
 @click.option("--bundle-kernels", is_flag=True, help="Put the library with our kernels into the artifact.")
 @engine_options
 @allow_unexecuted_option
@@ -127,6 +131,8 @@ def cli(
     output: Path | None,
     weights: str,
     parity: str,
+    prompts: Path | None,
+    gates: Mapping[str, float],
     bundle_kernels: bool,
     force: bool,
     dry_run: bool,
@@ -143,7 +149,7 @@ def cli(
         click.echo(ctx.get_help(), err=True)
         ctx.exit(2)
     from gptoss_export.exporter.commands.show import echo_plan, echo_result, plan_as_json, result_as_json
-    from gptoss_export.exporter.pipeline import ExportRequest, export, make_plan, require_pass
+    from gptoss_export.exporter.pipeline import ExportRequest, MeasureOptions, export, make_plan, require_pass
     from gptoss_export.exporter.weights import WeightsMode
 
     if model is None or output is None or not targets:
@@ -162,6 +168,7 @@ def cli(
         threads=threads,
         bundle_kernels=bundle_kernels,
         engine=engine_options_of(engine),
+        measure=MeasureOptions(prompts=prompts, overrides=gates),
     )
     settings = ctx.ensure_object(Settings)
     if dry_run:
@@ -183,7 +190,17 @@ def cli(
     require_pass(results, allow_unexecuted=allow_unexecuted)
 
 
-for _command in (artifact.targets, artifact.inspect, artifact.validate, generate.generate, bench.bench, synth.synth):
+for _command in (
+    artifact.targets,
+    artifact.inspect,
+    artifact.validate,
+    report.report,
+    report.diff,
+    polygraphy.polygraphy,
+    generate.generate,
+    bench.bench,
+    synth.synth,
+):
     cli.add_command(_command)
 
 

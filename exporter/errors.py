@@ -39,6 +39,8 @@
     |   +-- ParityFailedError         50  the artifact is not the model, by the gates of its target
     |   +-- NotValidatedError         51  a verdict was asked for, and none was ever made
     |   +-- NotExecutedError          52  the engine was built and never run: only its graph was compared
+    |   +-- RegressionError           53  an artifact is worse than the one before it
+    |   +-- NotComparableError        54  two reports that are not about the same measurement
     +-- PromptError                   60  prompts or token ids that this model cannot take
     +-- OutOfMemoryError              61  this machine's memory was not enough
 
@@ -212,6 +214,14 @@ class NotValidatedError(ParityError):
 
 class NotExecutedError(ParityError):
     exit_code = 52
+
+
+class RegressionError(ParityError):
+    exit_code = 53
+
+
+class NotComparableError(ParityError):
+    exit_code = 54
 
 
 class PromptError(GptossExportError):

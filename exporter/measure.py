@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gptoss_export.exporter.artifact import REPORT_NAMES, Manifest, ParityRecord
+from gptoss_export.exporter.errors import PromptError
 from gptoss_export.exporter.progress import Progress
 from gptoss_export.exporter.weights import hash_files
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-    from gptoss_export.validators.floor import FloorRecord
-    from gptoss_export.validators.reference import Reference
+    from gptoss_export.validators.floor import FloorDtype, FloorRecord
+    from gptoss_export.validators.parity import Yardstick
     from gptoss_export.validators.report import ParityReport
     from gptoss_export.validators.report.schema import Execution
 
@@ -22,42 +23,86 @@ Effort = Literal["quick", "full"]
 
 _EXECUTED: Execution = "executed"
 _GRAPH_ONLY: Execution = "graph only"
+_FLOORS: tuple[FloorDtype, ...] = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """What artifacts are measured against: the reference, and the noise floors that their gates need, by type."""
+class MeasureOptions:
+    """How to measure, beside how much.
 
-    reference: Reference
-    effort: Effort
-    floors: Mapping[str, FloorRecord]
+    prompts: a file of probes that come after the default ones. overrides: gates set to other limits than the table's.
+    bisection: whether to look for the operation in layers that are beyond their gates.
+    """
+
+    prompts: Path | None = None
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    bisection: bool = False
+
+    def command(self, effort: Effort) -> tuple[str, ...]:
+        """What takes the same measurement again; without paths, so that it is the same wherever it was taken."""
+        given = [part for name, value in self.overrides.items() for part in ("--gate", f"{name}={value!r}")]
+        if self.prompts is not None:
+            given += ["--prompts", self.prompts.name]
+        if self.bisection:
+            given.append("--bisect")
+        return ("gptoss-export", "validate", "OUT", "--parity", effort, *given)
 
 
-def make_yardstick(checkpoint: Checkpoint, effort: Effort, targets: Sequence[str], progress: Progress) -> Yardstick:
-    """Runs the reference, and once more in each type that a target's gates are relative to."""
+def make_yardstick(
+    checkpoint: Checkpoint,
+    files: Mapping[str, str],
+    effort: Effort,
+    targets: Sequence[str],
+    options: MeasureOptions,
+    progress: Progress,
+) -> Yardstick:
+    """Runs the reference, or takes it out of the cache, and does so again in each type that a noise floor is needed in.
+
+    files: sha256 of the checkpoint's files by name, which is what the cache goes by. A full measurement has the floors
+    of all types, a quick one those that a target's gates follow from.
+    """
     from gptoss_export.validators.floor import measure_floor
     from gptoss_export.validators.gates import GATES
+    from gptoss_export.validators.parity import Yardstick
     from gptoss_export.validators.probes import default_probes
-    from gptoss_export.validators.reference import run_reference
+    from gptoss_export.validators.prompts import read_prompts
+    from gptoss_export.validators.reference_cache import default_cache, reference_for
 
-    reference = run_reference(checkpoint, default_probes(checkpoint, effort), progress=progress)
+    probes = default_probes(checkpoint, effort)
+    if options.prompts is not None:
+        given = read_prompts(options.prompts, checkpoint)
+        if taken := {probe.name for probe in probes} & {probe.name for probe in given}:
+            raise PromptError(
+                f"{options.prompts} names a prompt {min(taken)!r}, as a probe of every measurement is",
+                "Give it another name.",
+            )
+        probes += given
+    cache = default_cache()
+    reference = reference_for(checkpoint, files, probes, "float32", cache=cache, progress=progress)
+    wanted = {GATES[name].floor_dtype for name in targets}
     floors: dict[str, FloorRecord] = {}
-    for dtype in (GATES[name].floor_dtype for name in targets):
-        if dtype is not None and dtype not in floors:
-            floors[dtype] = measure_floor(checkpoint, reference, dtype, progress=progress)
+    for dtype in _FLOORS:
+        if effort == "full" or dtype in wanted:
+            floors[dtype] = measure_floor(checkpoint, reference, dtype, files=files, cache=cache, progress=progress)
     return Yardstick(reference, effort, floors)
 
 
 def measure(
-    folder: Path, manifest: Manifest, yardstick: Yardstick | None, threads: int | None, progress: Progress
+    folder: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    yardstick: Yardstick | None,
+    options: MeasureOptions,
+    threads: int | None,
+    progress: Progress,
 ) -> ParityReport | None:
     """Loads the artifact from disk, which shows that it loads, and measures it if there is something to measure by.
 
-    Where this host cannot run its engine, that is its graph.
+    checkpoint: the weights in it. Where this host cannot run its engine, what is measured is its graph.
     """
     from gptoss_export.engines.targets import TARGETS
     from gptoss_export.validators.gates import GATES
-    from gptoss_export.validators.parity import validate
+    from gptoss_export.validators.parity import Subject, validate
     from gptoss_export.validators.report.schema import Binding, Engine
 
     name = manifest.target
@@ -73,21 +118,26 @@ def measure(
         runner = opener(folder, threads)
     if yardstick is None:
         return None
-    return validate(
-        runner,
-        yardstick.reference,
+    subject = Subject(
         target=name,
-        effort=yardstick.effort,
-        gates=GATES[name],
-        floor=yardstick.floors.get(GATES[name].floor_dtype or ""),
-        max_batch=runs.max_batch,
+        runner=runner,
+        inspector=target.inspect(folder, threads),
+        checkpoint=checkpoint,
+        engine=Engine(runs.name, runs.version, runs.provider, how, runs.not_executed_reason, runs.ran_instead),
         binding=Binding(
             checkpoint={file: record.sha256 for file, record in manifest.checkpoint.items()},
             files={f: record.sha256 for f, record in manifest.files.items() if f not in REPORT_NAMES},
         ),
-        engine_description=Engine(
-            runs.name, runs.version, runs.provider, how, runs.not_executed_reason, runs.ran_instead
-        ),
+        max_batch=runs.max_batch,
+        max_context=runs.max_context,
+    )
+    return validate(
+        subject,
+        yardstick,
+        policy=GATES[name],
+        overrides=options.overrides,
+        with_bisection=options.bisection,
+        command=options.command(yardstick.effort),
         progress=progress,
     )
 
@@ -97,11 +147,11 @@ def record(report: ParityReport, manifest: Manifest, folder: Path) -> Manifest:
     from gptoss_export.validators.report import content_sha256, write_report
 
     paths = write_report(report, folder)
-    record = ParityRecord(report.outcome, report.effort, content_sha256(report))
+    record = ParityRecord(report.outcome, report.effort, content_sha256(report), report.loosened)
     return manifest.with_parity(record, hash_files({path.name: path for path in paths}))
 
 
 def first_failure(report: ParityReport) -> str:
     first = report.verdict.failures[0]
     measured = "nothing" if first.measured is None else f"{first.measured:g}"
-    return f"gate {first.gate} in scenario {first.scenario}: measured {measured}, limit {first.limit:g}"
+    return f"gate {first.gate} in {first.where}: measured {measured}, limit {first.limit:g}"

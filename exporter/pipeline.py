@@ -35,7 +35,7 @@ from gptoss_export.exporter.errors import (
     NotValidatedError,
     ParityFailedError,
 )
-from gptoss_export.exporter.measure import Effort, first_failure, make_yardstick, measure, record
+from gptoss_export.exporter.measure import Effort, MeasureOptions, first_failure, make_yardstick, measure, record
 from gptoss_export.exporter.plan import ExportRequest, Parity, Plan, make_plan
 from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.exporter.staging import staging, staging_in_place
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ExportRequest",
     "ExportResult",
+    "MeasureOptions",
     "Parity",
     "Plan",
     "export",
@@ -92,12 +93,13 @@ class ExportResult:
         """The verdict in one line."""
         if self.report is None:
             return f"{self.manifest.target}: NOT VALIDATED ({self.folder})"
+        loosened = f", gates LOOSENED: {', '.join(self.report.loosened)}" if self.report.loosened else ""
         if self.report.outcome == "pass":
-            return f"{self.manifest.target}: pass ({self.report.effort}), {self.folder}"
+            return f"{self.manifest.target}: pass ({self.report.effort}{loosened}), {self.folder}"
         if self.report.outcome == "not executed":
             engine = f"engine NOT EXECUTED ({self.report.engine.not_executed_reason})"
-            return f"{self.manifest.target}: graph passes ({self.report.effort}), {engine}, {self.folder}"
-        return f"{self.manifest.target}: FAIL, {first_failure(self.report)} ({self.folder})"
+            return f"{self.manifest.target}: graph passes ({self.report.effort}{loosened}), {engine}, {self.folder}"
+        return f"{self.manifest.target}: FAIL, {first_failure(self.report)}{loosened} ({self.folder})"
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> list[ExportResult]:
@@ -118,10 +120,13 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Exp
         placed = _placed_checkpoint(plan, next(iter(folders.values())))
         infos = {name: _build(name, graph, placed, folder, plan, progress) for name, folder in folders.items()}
         del graph
-        yardstick = None if request.parity == "off" else make_yardstick(placed, request.parity, list(folders), progress)
+        yardstick = None
+        if request.parity != "off":
+            hashes = {name: record.sha256 for name, record in records.items()}
+            yardstick = make_yardstick(placed, hashes, request.parity, list(folders), request.measure, progress)
         for name, folder in folders.items():
             draft = _draft(name, infos[name], plan, folder, records)
-            report = measure(folder, draft, yardstick, request.threads, progress)
+            report = measure(folder, draft, placed, yardstick, request.measure, request.threads, progress)
             if report is not None:
                 draft = record(report, draft, folder)
             write_manifest(draft, folder)
@@ -131,7 +136,12 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Exp
 
 
 def validate_artifact(
-    folder: Path, effort: Effort, *, threads: int | None = None, progress: Progress | None = None
+    folder: Path,
+    effort: Effort,
+    *,
+    options: MeasureOptions | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> ExportResult:
     """Checks the hashes of a delivered artifact, measures its parity anew and records both.
 
@@ -139,7 +149,7 @@ def validate_artifact(
     """
     from gptoss_export.exporter.checkpoint.open import check_scales, open_checkpoint
 
-    progress = progress or SilentProgress()
+    progress, options = progress or SilentProgress(), options or MeasureOptions()
     started = time.monotonic()
     manifest = read_manifest(folder)
     find_target(manifest).check_available()
@@ -151,8 +161,9 @@ def validate_artifact(
             "export again; something was added to the folder of the weights",
         )
     check_scales(checkpoint)
-    yardstick = make_yardstick(checkpoint, effort, [manifest.target], progress)
-    report = measure(folder, manifest, yardstick, threads, progress)
+    hashes = {name: record.sha256 for name, record in manifest.checkpoint.items()}
+    yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
+    report = measure(folder, manifest, checkpoint, yardstick, options, threads, progress)
     assert report is not None
     manifest = record(report, manifest, folder)
     write_manifest(manifest, folder)

@@ -14,6 +14,7 @@ from gptoss_export.engines.build_info import BuildSettings
 from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import DiskSpaceError, WeightsModeError
+from gptoss_export.exporter.measure import MeasureOptions
 from gptoss_export.exporter.progress import format_bytes
 from gptoss_export.exporter.staging import check_output
 from gptoss_export.exporter.weights import WeightsMode, can_reflink, in_place_dir
@@ -31,7 +32,7 @@ class ExportRequest:
     """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core.
 
     bundle_kernels: whether the artifacts carry the library with the kernels that they run on. engine: of the
-    TensorRT targets.
+    TensorRT targets. measure: how parity is measured, beside how much of it.
     """
 
     model: str
@@ -44,6 +45,7 @@ class ExportRequest:
     threads: int | None = None
     bundle_kernels: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What all tests share: the small trained checkpoint, and the same network in every layout."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,14 @@ from gptoss_export.exporter.graph.build import build_graph
 # How fast examples are drawn says something about the machine, nothing about the code.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of the reference are shared by the tests of a run, and by nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTOSS_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

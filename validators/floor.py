@@ -9,39 +9,98 @@ no business being much farther. See `GatePolicy.resolve` for the gates that foll
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.progress import Progress
-from gptoss_export.validators.metrics import Accumulator, Metrics
+from gptoss_export.validators.metrics import Accumulator, Metrics, Where
 from gptoss_export.validators.reference import BLOCK_POSITIONS, Reference, run_reference
+from gptoss_export.validators.reference_cache import reference_for
+from gptoss_export.validators.routing import choose, compare_layer
 
 FloorDtype = Literal["bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class FloorRecord:
-    """Metrics of transformers in `dtype` against itself in float32, every position of every probe once."""
+    """Metrics of transformers in `dtype` against itself in float32, every position of every probe once.
+
+    token_layers: tokens x layers; diverged: those whose experts differ beyond ties and near-ties.
+    """
 
     dtype: FloorDtype
     metrics: Metrics
+    token_layers: int
+    diverged: int
+
+
+@dataclass(frozen=True)
+class FloorRun:
+    """The record, and the rounded run that it is of, whose logits and router logits can still be asked for."""
+
+    record: FloorRecord
+    rounded: Reference
 
 
 def measure_floor(
-    checkpoint: Checkpoint, reference: Reference, dtype: FloorDtype, *, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    reference: Reference,
+    dtype: FloorDtype,
+    *,
+    files: Mapping[str, str] | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> FloorRecord:
+    """The record of `run_floor`."""
+    return run_floor(checkpoint, reference, dtype, files=files, cache=cache, progress=progress).record
+
+
+def run_floor(
+    checkpoint: Checkpoint,
+    reference: Reference,
+    dtype: FloorDtype,
+    *,
+    files: Mapping[str, str] | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> FloorRun:
     """Runs the reference's probes through transformers in `dtype` and compares, teacher-forced.
 
-    Parameters and activations are what `from_pretrained(dtype=...)` gives on a CPU; logits are computed in
-    dtype, then held in float32. Overflow is no error here: it is counted in the metrics. Memory is that of
-    `run_reference`; on a CPU without instructions for these types a run takes three to ten times as long as
-    in float32. Raises what `run_reference` raises.
+    files, cache: as for `reference_for`; without files nothing is cached. Parameters and activations are what
+    `from_pretrained(dtype=...)` gives on a CPU; logits are computed in dtype, then held in float32. Overflow is
+    no error here: it is counted in the metrics. Memory is that of `run_reference`; on a CPU without
+    instructions for these types a run takes three to ten times as long as in float32. Raises what
+    `run_reference` raises.
     """
-    rounded = run_reference(checkpoint, reference.probes, dtype=dtype, progress=progress)
+    if files is None:
+        rounded = run_reference(checkpoint, reference.probes, dtype=dtype, progress=progress)
+    else:
+        rounded = reference_for(checkpoint, files, reference.probes, dtype, cache=cache, progress=progress)
     accumulator = Accumulator()
     for index, probe in enumerate(reference.probes):
+        following = (*probe.ids[1:], None)
         for start in range(0, len(probe.ids), BLOCK_POSITIONS):
             stop = min(start + BLOCK_POSITIONS, len(probe.ids))
-            accumulator.add(reference.logits(index, start, stop), rounded.logits(index, start, stop))
-    return FloorRecord(dtype, accumulator.metrics())
+            accumulator.add(
+                reference.logits(index, start, stop),
+                rounded.logits(index, start, stop),
+                where=[Where(index, position) for position in range(start, stop)],
+                following=following[start:stop],
+            )
+    token_layers, diverged = _routing(reference, rounded)
+    return FloorRun(FloorRecord(dtype, accumulator.metrics(), token_layers, diverged), rounded)
+
+
+def _routing(reference: Reference, rounded: Reference) -> tuple[int, int]:
+    """Tokens x layers, and how many of them go to other experts beyond ties and near-ties."""
+    probes, top_k = range(len(reference.probes)), reference.config.top_k
+    token_layers = diverged = 0
+    for n in range(reference.config.num_layers):
+        taken = [choose(rounded.router_logits(n, probe), top_k) for probe in probes]
+        layer, _ = compare_layer(n, [reference.router_logits(n, probe) for probe in probes], taken, None)
+        token_layers += layer.tokens
+        diverged += layer.diverged
+    return token_layers, diverged

@@ -1,175 +1,223 @@
-"""Parity of an artifact with its model: every scenario against the reference's teacher-forced logits.
+"""Parity of an artifact with its model: what was measured of it, its gates, and the verdict.
 
-    report = validate(runner, reference, target="ort-cpu", effort="quick", gates=GATES["ort-cpu"],
-                      binding=Binding(checkpoint={...}, files={...}),
-                      engine_description=Engine("onnxruntime", "1.31.1", "CPUExecutionProvider"))
+    yardstick = Yardstick(reference, "quick", {})
+    report = validate(subject, yardstick, policy=GATES["ort-cpu"])
     write_report(report, folder)
 
-A target in 16 bits also takes floor=measure_floor(checkpoint, reference, "float16"), or whichever dtype its
-gates are for. The runner is fed the probes' own tokens whatever it answers, so that one wrong position does
-not spoil the next.
+A target in 16 bits also needs a noise floor in its type, measured over the same probes.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
-
-from gptoss_export.engines.runner import KVCache, Logits, Runner, Step, Tokens
-from gptoss_export.exporter.errors import NotValidatedError, SessionError
+from gptoss_export.engines.inspector import Inspector
+from gptoss_export.engines.runner import Runner
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.bisect import bisect
+from gptoss_export.validators.consistency import measure_consistency
+from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
-from gptoss_export.validators.gates import GatePolicy, judge
-from gptoss_export.validators.metrics import Accumulator
+from gptoss_export.validators.gates import GatePolicy, override
+from gptoss_export.validators.layers import measure_layers
+from gptoss_export.validators.probes import Probe, long_probe
+from gptoss_export.validators.prompts import decode
+from gptoss_export.validators.ranges import RangeMeter
 from gptoss_export.validators.reference import Reference
+from gptoss_export.validators.replay import measure_routing
 from gptoss_export.validators.report.schema import (
     SCHEMA_VERSION,
     Binding,
     Engine,
+    KLByPosition,
     Machine,
     ParityReport,
     ProbeRecord,
-    ScenarioResult,
+    WorstText,
 )
-from gptoss_export.validators.scenarios import Call, Case, Effort, plan
+from gptoss_export.validators.scenario_run import WORST, ScenarioRun, live_rows, run_scenarios
+from gptoss_export.validators.scenarios import Effort
+from gptoss_export.validators.verdict import judge
 
-LIVE_BYTES = 104 << 20
-"""Logits that one call of the engine may return: 135 positions of a vocabulary of 201088. Longer prefills
-are asked for in several pieces."""
-
-COMPARED_AT_ONCE = 64
 PACKAGES = ("gptoss-export", "numpy", "torch", "transformers")
+CONTEXT_TOKENS = 24
+CONTEXT_CHARACTERS = 120
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An artifact, opened, and what it is.
+
+    inspector: looks into what `runner` runs, or into the graph of an engine that shows nothing of itself. checkpoint:
+    the weights that lie in the artifact. max_batch, max_context: rows and positions that the engine takes, None for any
+    number.
+    """
+
+    target: str
+    runner: Runner
+    inspector: Inspector
+    checkpoint: Checkpoint
+    engine: Engine
+    binding: Binding
+    max_batch: int | None = None
+    max_context: int | None = None
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What artifacts are measured against: the reference, and noise floors by type."""
+
+    reference: Reference
+    effort: Effort
+    floors: Mapping[str, FloorRecord]
 
 
 def validate(
-    runner: Runner,
-    reference: Reference,
+    subject: Subject,
+    yardstick: Yardstick,
     *,
-    target: str,
-    effort: Effort,
-    gates: GatePolicy,
-    floor: FloorRecord | None = None,
-    binding: Binding,
-    engine_description: Engine,
-    max_batch: int | None = None,
+    policy: GatePolicy,
+    overrides: Mapping[str, float] | None = None,
+    with_bisection: bool = False,
+    command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Measures every scenario and judges it; the report's outcome says whether the artifact passed.
+    """Measures everything and judges it; the report's outcome says whether the artifact passed.
 
-    floor: over the reference's probes, where the gates need one. max_batch: rows that the engine takes. Raises
-    NotValidatedError, before anything is run, for a floor that is missing, none, or over other probes;
-    SessionError when the engine answers with logits of a wrong shape; and whatever the runner raises.
+    overrides: gates set to other limits than the table's. Raises NotValidatedError, before anything is run, for a floor
+    that is missing, none, or over other probes; ValueError for an override that is none; SessionError when the engine
+    answers with logits of a wrong shape; and whatever the runner raises.
     """
-    limits = gates.resolve(floor)
+    reference = yardstick.reference
+    table = policy.resolve(yardstick.floors.get(policy.floor_dtype or ""))
+    gates = override(table, overrides or {})
     tokens = sum(len(probe.ids) for probe in reference.probes)
-    if floor is not None and floor.metrics.positions != tokens:
-        raise NotValidatedError(
-            f"the noise floor is over {floor.metrics.positions} positions, the probes are {tokens} tokens",
-            "Measure the floor with the reference that the artifact is compared with.",
-        )
-    scenarios = tuple(measure(runner, reference, effort=effort, max_batch=max_batch, progress=progress))
+    for floor in yardstick.floors.values():
+        if floor.metrics.positions != tokens:
+            raise NotValidatedError(
+                f"the noise floor is over {floor.metrics.positions} positions, the probes are {tokens} tokens",
+                "Measure the floor with the reference that the artifact is compared with.",
+            )
+    progress = progress or SilentProgress()
+    run = run_scenarios(
+        subject.runner, reference, effort=yardstick.effort, max_batch=subject.max_batch, progress=progress
+    )
+    evidence = _look_into(subject, reference, yardstick.effort, run, progress)
+    bisection = None
+    if with_bisection:
+        bisection = bisect(subject.inspector, subject.checkpoint, reference, evidence, gates, progress=progress)
     return ParityReport(
         schema_version=SCHEMA_VERSION,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=tuple(command),
         versions=_versions(),
         machine=Machine(platform.platform(), _cpu(), os.cpu_count() or 1),
         reference=reference.description,
-        target=target,
-        engine=engine_description,
-        effort=effort,
+        target=subject.target,
+        engine=subject.engine,
+        effort=yardstick.effort,
         sliding_window=reference.config.sliding_window,
         probes=tuple(ProbeRecord(p.name, len(p.ids), p.sha256) for p in reference.probes),
-        scenarios=scenarios,
-        policy=gates,
-        floor=floor,
-        gates=limits,
-        verdict=judge({s.name: s.metrics for s in scenarios}, limits),
-        binding=binding,
+        evidence=evidence,
+        worst=_worst(run, reference, decode(subject.checkpoint)),
+        kl_by_position=_by_position(run, reference),
+        bisection=bisection,
+        policy=policy,
+        floors=tuple(yardstick.floors.values()),
+        overrides=dict(overrides or {}),
+        table_gates=table,
+        gates=gates,
+        verdict=judge(evidence, gates),
+        binding=subject.binding,
     )
 
 
-def measure(
-    runner: Runner,
-    reference: Reference,
-    *,
-    effort: Effort,
-    max_batch: int | None = None,
-    progress: Progress | None = None,
-) -> list[ScenarioResult]:
-    """The metrics of every scenario that the probes are long enough for, in the order of SCENARIOS."""
-    if runner.vocab_size != reference.vocab_size:
-        raise SessionError(
-            f"the engine has a vocabulary of {runner.vocab_size}, the checkpoint of {reference.vocab_size}",
-            "Export this checkpoint again: the artifact was made from another one.",
+def _look_into(
+    subject: Subject, reference: Reference, effort: Effort, run: ScenarioRun, progress: Progress
+) -> Evidence:
+    meter = RangeMeter(reference.trace.peaks)
+    rows = live_rows(reference.vocab_size)
+    layers = measure_layers(subject.inspector, reference, meter.add, progress=progress)
+    errors = [record.router for record in layers]
+    routing = measure_routing(subject.inspector, reference, errors, rows, progress=progress)
+    consistency = measure_consistency(
+        subject.runner,
+        [probe.ids for probe in reference.probes],
+        reference.config,
+        effort,
+        long=_long_ids(subject.checkpoint),
+        max_batch=subject.max_batch,
+        max_context=subject.max_context,
+        live=rows,
+        progress=progress,
+    )
+    return Evidence(
+        num_layers=reference.config.num_layers,
+        scenarios=run.results,
+        routing=routing,
+        layers=layers,
+        ranges=meter.records(subject.checkpoint),
+        consistency=consistency,
+        looked_into=subject.inspector.description,
+    )
+
+
+def _long_ids(checkpoint: Checkpoint) -> Sequence[int] | None:
+    probe = long_probe(checkpoint)
+    return None if probe is None else probe.ids
+
+
+def _worst(
+    run: ScenarioRun, reference: Reference, text: Callable[[Sequence[int]], str] | None
+) -> tuple[WorstText, ...]:
+    """The positions with the largest KL of all scenarios, each once, in the scenario where it is worst."""
+    found: dict[tuple[int, int], WorstText] = {}
+    for name, position in sorted(
+        ((name, position) for name, worst in run.worst.items() for position in worst), key=lambda pair: -pair[1].kl
+    ):
+        place = position.probe, position.position
+        if place not in found and len(found) < WORST:
+            probe = reference.probes[position.probe]
+            found[place] = WorstText(
+                scenario=name,
+                probe=probe.name,
+                position=position.position,
+                kl=position.kl,
+                reference=position.reference_token,
+                candidate=position.candidate_token,
+                following=position.following,
+                context=_context(probe, position.position, text),
+                text_reference=None if text is None else text([position.reference_token]),
+                text_candidate=None if text is None else text([position.candidate_token]),
+            )
+    return tuple(found.values())
+
+
+def _context(probe: Probe, position: int, text: Callable[[Sequence[int]], str] | None) -> str | None:
+    if text is None:
+        return None
+    return text(probe.ids[max(position + 1 - CONTEXT_TOKENS, 0) : position + 1])[-CONTEXT_CHARACTERS:]
+
+
+def _by_position(run: ScenarioRun, reference: Reference) -> tuple[KLByPosition, ...]:
+    return tuple(
+        KLByPosition(
+            probe=reference.probes[probe].name,
+            start=tuple(bucket.start for bucket in buckets),
+            stop=tuple(bucket.stop for bucket in buckets),
+            mean=tuple(bucket.kl_mean for bucket in buckets),
+            max=tuple(bucket.kl_max for bucket in buckets),
         )
-    lengths = [len(probe.ids) for probe in reference.probes]
-    live = max(LIVE_BYTES // (4 * reference.vocab_size), 1)
-    cases = plan(lengths, reference.config.sliding_window, live, effort, max_batch)
-    total = sum(len(case.calls) for scenario in cases.values() for case in scenario)
-    results = []
-    with (progress or SilentProgress()).task("parity", total=total) as task:
-        for name, scenario in cases.items():
-            accumulator = Accumulator()
-            for case in scenario:
-                _run(runner, reference, case, accumulator)
-                task.advance(len(case.calls))
-            calls = sum(len(case.calls) for case in scenario)
-            results.append(ScenarioResult(name, calls, accumulator.metrics()))
-    return results
-
-
-def _run(runner: Runner, reference: Reference, case: Case, accumulator: Accumulator) -> None:
-    """Runs one case and compares all logits that belong to tokens."""
-    cache: KVCache | None = None
-    past = [0] * len(case.rows)
-    for call in case.calls:
-        ids, mask = _batch(reference, case, call, past)
-        step = runner.forward(ids, None if mask.all() else mask, cache, call.keep)
-        cache = step.cache
-        kept = call.keep or call.width
-        _check(step, (len(case.rows), kept, reference.vocab_size))
-        for row, (probe, length) in enumerate(zip(case.rows, call.lengths, strict=True)):
-            # Column c of this call holds position c + shift of the row's probe.
-            first = call.width - length if case.side == "left" else 0
-            shift = past[row] - first
-            begin = max(first, call.width - kept)
-            rows = step.logits[row, begin - (call.width - kept) : first + length - (call.width - kept)]
-            _compare(reference, probe, begin + shift, rows, accumulator)
-            past[row] += length
-
-
-def _batch(reference: Reference, case: Case, call: Call, past: Sequence[int]) -> tuple[Tokens, Tokens]:
-    """input_ids and attention_mask [rows, width] of one call; padding is token 0, which must not be seen."""
-    ids = np.zeros((len(case.rows), call.width), np.int64)
-    mask = np.zeros_like(ids)
-    for row, (probe, length) in enumerate(zip(case.rows, call.lengths, strict=True)):
-        first = call.width - length if case.side == "left" else 0
-        ids[row, first : first + length] = reference.probes[probe].ids[past[row] : past[row] + length]
-        mask[row, first : first + length] = 1
-    return ids, mask
-
-
-def _check(step: Step, shape: tuple[int, int, int]) -> None:
-    if step.logits.shape != shape or step.logits.dtype != np.float32:
-        raise SessionError(
-            f"the engine returned logits {step.logits.dtype} {list(step.logits.shape)} where float32 "
-            f"{list(shape)} were asked for",
-            "Report this as a bug: the engine's runner breaks its protocol.",
-        )
-
-
-def _compare(reference: Reference, probe: int, position: int, candidate: Logits, accumulator: Accumulator) -> None:
-    """Compares rows of one probe from that position on, a few at a time."""
-    for start in range(0, len(candidate), COMPARED_AT_ONCE):
-        rows = candidate[start : start + COMPARED_AT_ONCE]
-        at = position + start
-        accumulator.add(reference.logits(probe, at, at + len(rows)), rows)
+        for probe, buckets in sorted(run.by_position.items())
+    )
 
 
 def _versions() -> dict[str, str]:

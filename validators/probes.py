@@ -1,24 +1,40 @@
 """The token sequences that parity is measured on.
 
 Lengths come from the sliding window w, because that is where attention goes wrong: 1, w-1, w, w+1 and
-beyond 2w. With a tokenizer the tokens are real text (plain, code, chat, several scripts), which visits
-experts as users do; without, they are pseudo-random, the same on every machine.
+beyond 2w; `long_probe` goes beyond the context that YaRN stretches. Tokens are real text (plain, code, chat,
+several scripts), which visits experts as users do: for gpt-oss' own vocabulary ids that are shipped in `data/`,
+else the same texts through the checkpoint's tokenizer. Without one they are pseudo-random, the same on every
+machine.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import PromptError, TokenizerError
 from gptoss_export.validators.scenarios import Effort
+from gptoss_export.validators.texts import TEXTS, long_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DATA = Path(__file__).with_name("data")
+SHIPPED_VOCABULARY = 201088
+"""gpt-oss' own, which is that of o200k_harmony padded; `data/` holds ids of it."""
 
 LONGEST = 1024
 """Tokens a probe, whatever the window: the reference's eager attention grows with the square."""
+
+LONGEST_LONG = 8192
+LONG = "long"
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ def default_probes(
     six.
 
     heldout_ids: tokens of the caller's own to run instead, repeated where they are too few.
-    Raises TokenizerError for a tokenizer.json that is none, PromptError for heldout_ids outside of the
+    Raises TokenizerError for a tokenizer.json that is needed and is none, PromptError for heldout_ids outside of the
     vocabulary.
     """
     config = checkpoint.config
@@ -56,7 +72,7 @@ def default_probes(
             )
         streams = {"heldout": list(heldout_ids)}
     else:
-        streams = _text_streams(checkpoint)
+        streams = _streams(checkpoint, TEXTS)
     names = list(streams)
     probes = []
     for k, n in enumerate(lengths):
@@ -78,23 +94,70 @@ def _lengths(window: int, effort: Effort) -> tuple[int, ...]:
     return 1, window - 1, window, window + 1, 2 * window + 9, max(3 * window + 23, 320)
 
 
-def _text_streams(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """The texts as ids by name; none without a tokenizer, or with one that has no id of this vocabulary for
-    them."""
+def long_probe(checkpoint: Checkpoint) -> Probe | None:
+    """A probe an eighth longer than the context that YaRN stretches (4608 tokens for gpt-oss), where wrong
+    frequencies show; None without YaRN, or where the model's context or LONGEST_LONG is shorter.
+
+    transformers' eager attention takes some 20 bytes * heads * 4608**2 for it: 27 GB for gpt-oss-20b. It is for an
+    engine's checks against itself. Raises TokenizerError as `default_probes`.
+    """
+    config = checkpoint.config
+    if config.yarn is None:
+        return None
+    n = config.yarn.original_context + max(config.yarn.original_context // 8, 1)
+    if n > min(config.max_positions, LONGEST_LONG):
+        return None
+    stream = _streams(checkpoint, {LONG: long_text()}).get(LONG)
+    if stream is None:
+        return Probe(f"random-{n}", _random(len(TEXTS), n, config.vocab_size))
+    return Probe(f"{LONG}-{n}", tuple(stream[i % len(stream)] for i in range(n)))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None when it has none. Raises TokenizerError for a tokenizer.json that is none."""
     tokenizer_file = next((f for f in checkpoint.side_files if f.name == "tokenizer.json"), None)
     if tokenizer_file is None:
-        return {}
+        return None
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        encoded = {name: tokenizer.encode(text).ids for name, text in TEXTS.items()}
+        return Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(
-            f"{tokenizer_file} is no tokenizer: {' '.join(str(error).split())[:200]}",
-            "Replace it by the tokenizer.json that belongs to the checkpoint, or remove it.",
-        ) from error
-    streams = {name: [t for t in ids if t < checkpoint.config.vocab_size] for name, ids in encoded.items()}
+        raise _no_tokenizer(str(tokenizer_file), error) from error
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The text's ids, special tokens such as <|start|> recognised. Raises TokenizerError when the tokenizer fails."""
+    try:
+        ids: list[int] = tokenizer.encode(text).ids
+    except Exception as error:  # the library raises bare Exception
+        raise _no_tokenizer("the checkpoint's tokenizer.json", error) from error
+    return ids
+
+
+def _no_tokenizer(what: str, error: Exception) -> TokenizerError:
+    return TokenizerError(
+        f"{what} is no tokenizer: {' '.join(str(error).split())[:200]}",
+        "Replace it by the tokenizer.json that belongs to the checkpoint, or remove it.",
+    )
+
+
+def shipped_ids(name: str) -> list[int]:
+    """Ids of o200k_harmony of one of TEXTS, or of LONG."""
+    ids: list[int] = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))["ids"]
+    return ids
+
+
+def _streams(checkpoint: Checkpoint, texts: Mapping[str, str]) -> dict[str, list[int]]:
+    """The texts as ids by name; none without a tokenizer, or with one that has no id of this vocabulary for
+    them."""
+    vocab_size = checkpoint.config.vocab_size
+    if vocab_size == SHIPPED_VOCABULARY:
+        return {name: shipped_ids(name) for name in texts}
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        return {}
+    streams = {name: [t for t in encode(tokenizer, text) if t < vocab_size] for name, text in texts.items()}
     return {name: ids for name, ids in streams.items() if ids}
 
 
@@ -107,65 +170,3 @@ def _random(seed: int, n: int, vocab_size: int) -> tuple[int, ...]:
             yield int.from_bytes(digest[:8], "little") % vocab_size
 
     return tuple(draw())
-
-
-TEXTS = {
-    "plain": """\
-The harbour was quiet before the first ferry. Two gulls argued over a crust of bread, and the woman who
-opened the ticket office counted the coins in her drawer twice, because yesterday the sum had been wrong by
-exactly four. She wrote the date at the top of a clean page: Tuesday, 14 March, wind from the north-west,
-tide turning at 6:42. Nobody had asked her to keep a log. Her father had kept one for thirty-one years, and
-when he died she found that she could not sell tickets without a pencil behind her ear. By seven there were
-nineteen passengers, three bicycles, a dog and a crate marked "glass, this side up" that somebody had set
-down on its side. The captain looked at the sky, at the crate, and at his watch, in that order, and said
-that they would wait five minutes for the doctor.
-""",
-    "code": """\
-from collections import deque
-
-
-def shortest_path(graph: dict[str, list[str]], start: str, goal: str) -> list[str] | None:
-    \"\"\"Breadth-first search; None if the goal cannot be reached.\"\"\"
-    previous: dict[str, str | None] = {start: None}
-    queue = deque([start])
-    while queue:
-        node = queue.popleft()
-        if node == goal:
-            path = []
-            while node is not None:
-                path.append(node)
-                node = previous[node]
-            return path[::-1]
-        for neighbour in graph.get(node, []):
-            if neighbour not in previous:
-                previous[neighbour] = node
-                queue.append(neighbour)
-    return None
-
-
-assert shortest_path({"a": ["b", "c"], "b": ["d"], "c": ["d"]}, "a", "d") == ["a", "b", "d"]
-
-SELECT o.id, SUM(l.price * l.amount) AS total FROM orders o JOIN lines l ON l.order_id = o.id
-WHERE o.created >= '2024-01-01' GROUP BY o.id HAVING total > 99.95 ORDER BY total DESC LIMIT 10;
-
-for (size_t i = 0; i < n; ++i) { y[i] = alpha * x[i] + (beta ? y[i] : 0.0f); }
-""",
-    "chat": """\
-<|start|>system<|message|>You are a careful assistant. Reasoning: low<|end|><|start|>user<|message|>A train
-leaves at 9:40 and travels 210 km at 84 km/h. When does it
-arrive?<|end|><|start|>assistant<|channel|>analysis<|message|>210 / 84 = 2.5 hours, so 9:40 plus 2:30 is
-12:10.<|end|><|start|>assistant<|channel|>final<|message|>It arrives at **12:10**: 210 km at 84 km/h take
-two and a half hours.<|return|><|start|>user<|message|>And if it stops twice for six minutes?<|end|>\
-<|start|>assistant<|channel|>final<|message|>Then twelve minutes later, at 12:22.<|return|>
-""",
-    "scripts": """\
-Der Zug hält überall außer in Großwörden. Où est la clé que j'ai laissée là-bas ?
-El niño soñó con un pingüino.
-Сегодня вечером мы будем читать вслух, а завтра поедем к морю. Η θάλασσα ήταν ήρεμη και ο ουρανός γαλανός.
-今日は朝から雨が降っていて、駅まで傘をさして歩きました。
-我们明天下午三点在图书馆门口见面。
-오늘 저녁에는 된장찌개를 끓이려고 해요.
-ذهبت إلى السوق لأشتري خبزا وزيتونا. हम कल सुबह नदी के किनारे टहलने जाएँगे। ∑ x² ≤ ∫ f(t) dt → ∞ 🙂🚲
-""",  # noqa: RUF001 - letters of other scripts are the point
-}
-"""Our own words, some hundred tokens each."""

@@ -2,22 +2,26 @@
 
     reference = run_reference(open_checkpoint(folder), default_probes(checkpoint, "quick"))
     reference.logits(0, 0, 32)          # [32, vocab] float32, of the first probe's first 32 positions
+    reference.trace.hidden(3, 0)        # [n, hidden] float32, what entered layer 3
 
 In bfloat16 or float16 it is what `from_pretrained(dtype=...)` computes: no reference, but what rounding costs.
 
 The mathematics is transformers' alone: its GptOssModel.forward runs once over all probes, its eager
 attention and eager experts, its MXFP4 decoding and, for Hugging Face layouts, its reading of config.json.
-What is ours is only where the numbers lie: parameters stay on the meta device until their layer runs, and
-an expert is decoded when GptOssExperts indexes it, so that peak memory is one layer's dense weights, one
-expert, and the activations.
+What is ours is only where the numbers lie (`streamed_layers`) and hooks that write them down (`trace`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +30,29 @@ from gptoss_export.engines.runner import Logits
 from gptoss_export.exporter.checkpoint.config import ModelConfig
 from gptoss_export.exporter.checkpoint.open import read_tensor
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, TensorRef
-from gptoss_export.exporter.errors import ConfigError, PromptError
-from gptoss_export.exporter.progress import Progress, SilentProgress, Task
+from gptoss_export.exporter.errors import PromptError
+from gptoss_export.exporter.progress import Progress, SilentProgress, format_bytes
+from gptoss_export.validators.layer_hooks import watch_expert_parts, watch_ops, watch_router
 from gptoss_export.validators.probes import Probe
+from gptoss_export.validators.streamed_layers import (
+    Batch,
+    Dtype,
+    Loader,
+    as_torch,
+    pad,
+    stream_layer,
+    streamed_model,
+    torch_dtype,
+)
+from gptoss_export.validators.trace import Extent, Peak, Trace, TraceShape, TraceWriter, disk_errors
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GptOssConfig
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""What transformers holds parameters and activations in."""
+SCORE_BYTES = 20
+"""What eager attention holds of a pair of positions and a head: scores, mask, softmax and its copies."""
+
+MOST_SCORE_BYTES = 6 << 30
 
 BLOCK_POSITIONS = 64
 BLOCKS_KEPT = 3
@@ -43,28 +60,27 @@ VOCABULARY_ROWS = 2048
 
 
 class Reference:
-    """The reference's last hidden states of every probe, and its logits on demand.
+    """One run over the probes: its trace, and its logits on demand.
 
-    Hidden states are small (one [positions, hidden] float32 a probe, exact whatever the dtype). Logits are
-    computed in dtype, in blocks of positions with the head read by slices of the vocabulary from its file,
-    so that a head of 2.3 GB in float32 is never whole in RAM; the last few blocks are kept, because parity
-    reads positions in order.
+    The trace is float32, exact whatever the dtype; of a run in 16 bits it is of routing alone. Logits are
+    computed in dtype from its last states, in blocks of positions with the head read by slices of the
+    vocabulary from its file, so that a head of 2.3 GB in float32 is never whole in RAM; the last few blocks are
+    kept, because parity reads positions in order.
     """
 
     def __init__(
         self,
         probes: Sequence[Probe],
         config: ModelConfig,
-        hidden: Sequence[NDArray[np.float32]],
+        trace: Trace,
         lm_head: TensorRef,
-        description: str,
         dtype: Dtype = "float32",
     ) -> None:
         self.probes = tuple(probes)
         self.config = config
-        self.description = description
+        self.trace = trace
         self.dtype = dtype
-        self._hidden = tuple(hidden)
+        self.description = f"transformers {version('transformers')} GptOss, {dtype}, eager, one layer at a time"
         self._lm_head = lm_head
         self._blocks: OrderedDict[tuple[int, int], Logits] = OrderedDict()
 
@@ -86,226 +102,149 @@ class Reference:
             parts.append(self._block(probe, block)[max(start - base, 0) : stop - base])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def router_logits(self, layer: int, probe: int) -> NDArray[np.float32]:
+        """Logits [n, E] float32 of the layer's router, memory-mapped; IndexError as in `Trace`."""
+        return self.trace.router_logits(layer, probe)
+
     def _block(self, probe: int, block: int) -> Logits:
         key = (probe, block)
         if key not in self._blocks:
             while len(self._blocks) >= BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
             base = block * BLOCK_POSITIONS
-            self._blocks[key] = self._head(self._hidden[probe][base : base + BLOCK_POSITIONS])
+            self._blocks[key] = self._head(self.trace.final(probe)[base : base + BLOCK_POSITIONS])
         self._blocks.move_to_end(key)
         return self._blocks[key]
 
     def _head(self, hidden: NDArray[np.float32]) -> Logits:
         import torch
 
-        kind = _torch_dtype(self.dtype)
-        x = torch.from_numpy(hidden).to(kind)
+        kind = torch_dtype(self.dtype)
+        x = as_torch(kind, hidden)
         out = np.empty((len(hidden), self.vocab_size), np.float32)
         with torch.inference_mode():
             for row in range(0, self.vocab_size, VOCABULARY_ROWS):
                 # Mapped anew each time: pages of a map count as resident for as long as it lives.
-                weight = _as(kind, read_tensor(self._lm_head)[row : row + VOCABULARY_ROWS])
+                weight = as_torch(kind, read_tensor(self._lm_head)[row : row + VOCABULARY_ROWS])
                 out[:, row : row + VOCABULARY_ROWS] = torch.nn.functional.linear(x, weight).float().numpy()
         return out
 
 
+def trace_shape(config: ModelConfig, probes: Sequence[Probe]) -> TraceShape:
+    """The sizes of what a run over these probes records."""
+    lengths = tuple(len(probe.ids) for probe in probes)
+    return TraceShape(lengths, config.num_layers, config.hidden_size, config.num_experts)
+
+
+def trace_extent(dtype: Dtype) -> Extent:
+    return "states" if dtype == "float32" else "routing"
+
+
+def check_probes(probes: Sequence[Probe], config: ModelConfig) -> None:
+    """Raises PromptError for probes that are none, empty, too long for eager attention, or of another vocabulary."""
+    vocab_size = config.vocab_size
+    if not probes or not all(probe.ids for probe in probes):
+        raise PromptError("a probe without tokens cannot be run", "Give every probe at least one token.")
+    for probe in probes:
+        if not all(0 <= token < vocab_size for token in probe.ids):
+            raise PromptError(
+                f"probe {probe.name!r} has token ids outside of the vocabulary of {vocab_size}",
+                "Use the tokenizer of this checkpoint.",
+            )
+    longest = max(len(probe.ids) for probe in probes)
+    scores = SCORE_BYTES * len(probes) * config.num_heads * longest**2
+    if scores > MOST_SCORE_BYTES:
+        raise PromptError(
+            f"attention over {len(probes)} probes of up to {longest} tokens would take {format_bytes(scores)} in the "
+            f"reference, and {format_bytes(MOST_SCORE_BYTES)} is the most",
+            "Give fewer prompts at a time, or shorter ones.",
+        )
+
+
 def run_reference(
-    checkpoint: Checkpoint, probes: Sequence[Probe], *, dtype: Dtype = "float32", progress: Progress | None = None
+    checkpoint: Checkpoint,
+    probes: Sequence[Probe],
+    *,
+    dtype: Dtype = "float32",
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Reference:
     """Runs transformers' GptOss in `dtype` over all probes, as one batch padded on the right.
 
-    Eager attention takes some 20 bytes * probes * heads * longest**2, which `default_probes` keeps small.
+    The trace is written into `folder`, which is empty, or else into a temporary one that nothing is left of.
+    Eager attention takes SCORE_BYTES * probes * heads * longest**2, which `default_probes` keeps small.
     Raises ConfigError when transformers refuses the config, PromptError for tokens that are none, or none of
-    this vocabulary.
+    this vocabulary, DiskSpaceError or AccessError when the trace cannot be written.
     """
-    import torch
-    import transformers
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel, GptOssRotaryEmbedding
-
-    if not probes or not all(probe.ids for probe in probes):
-        raise PromptError("a probe without tokens cannot be run", "Give every probe at least one token.")
-    config = transformers_config(checkpoint)
-    with torch.device("meta"):
-        model = GptOssModel(config)
-    model.train(False)
-    model.rotary_emb = GptOssRotaryEmbedding(config)
-    load = _Loader(checkpoint, dtype)
-    model.norm.load_state_dict({"weight": load("model.norm.weight")}, assign=True)
-
-    lengths = [len(probe.ids) for probe in probes]
-    embeds, mask = _embed(checkpoint, probes, load.dtype)
-    label = "reference" if dtype == "float32" else f"noise floor {dtype}"
-    task = (progress or SilentProgress()).task(label, total=len(model.layers))
-    with torch.inference_mode(), task as layers_done:
-        for index, layer in enumerate(model.layers):
-            _stream_layer(load, index, layer, layers_done)
-        states = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = [np.array(states[row, :n].float().numpy()) for row, n in enumerate(lengths)]
-    return Reference(
-        probes,
-        checkpoint.config,
-        hidden,
-        checkpoint.tensors["lm_head.weight"],
-        f"transformers {transformers.__version__} GptOss, {dtype}, eager, one layer at a time",
-        dtype,
-    )
+    check_probes(probes, checkpoint.config)
+    if folder is not None:
+        return _run(checkpoint, probes, dtype, folder, progress or SilentProgress())
+    with disk_errors():
+        temporary = TemporaryDirectory(prefix="gptoss-export-", ignore_cleanup_errors=True)
+    with temporary as name:
+        return _run(checkpoint, probes, dtype, Path(name), progress or SilentProgress())
 
 
-def transformers_config(checkpoint: Checkpoint) -> GptOssConfig:
-    """The config as transformers understands it, with eager attention and eager experts.
-
-    For Hugging Face layouts it is built from config.json as it stands, so that an error of our own reader
-    cannot hide in both sides of the comparison. The OpenAI layout has keys that transformers does not know;
-    there our reading is used.
-    """
-    from transformers import GptOssConfig
-
-    raw: Mapping[str, object]
-    if "model_type" in checkpoint.raw_config:
-        # A copy: transformers writes into the tables that it is given.
-        raw = {k: deepcopy(v) for k, v in checkpoint.raw_config.items() if k != "quantization_config"}
-    else:
-        raw = _keys_for_transformers(checkpoint.config)
-    # These would make forward collect the states of every layer.
-    raw = {**raw, "output_hidden_states": False, "output_attentions": False, "output_router_logits": False}
-    try:
-        return GptOssConfig.from_dict(raw, attn_implementation="eager", experts_implementation="eager")
-    except Exception as error:  # its strict dataclasses raise types of their own
-        line = " ".join(str(error).split())
-        raise ConfigError(
-            f"transformers refuses this config.json: {line}",
-            "Compare config.json with the one that the model was released with.",
-        ) from error
-
-
-def _keys_for_transformers(config: ModelConfig) -> dict[str, object]:
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.yarn is not None:
-        rope |= {
-            "rope_type": "yarn",
-            "factor": config.yarn.factor,
-            "beta_fast": config.yarn.beta_fast,
-            "beta_slow": config.yarn.beta_slow,
-            "original_max_position_embeddings": config.yarn.original_context,
-            "truncate": config.yarn.truncate,
-        }
-    return {
-        "num_hidden_layers": config.num_layers,
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.top_k,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "head_dim": config.head_dim,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "sliding_window": config.sliding_window,
-        "layer_types": list(config.layer_types),
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": rope,
-        "max_position_embeddings": config.max_positions,
-        "swiglu_alpha": config.swiglu_alpha,
-        "swiglu_limit": config.swiglu_limit,
-        "pad_token_id": config.pad_token_id,
-    }
-
-
-class _Loader:
-    """Parameters by name, in the dtype that from_pretrained would give them."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: Dtype) -> None:
-        import torch
-        from transformers import GptOssModel
-
-        self.tensors = checkpoint.tensors
-        self.dtype = _torch_dtype(dtype)
-        # As transformers has it: these modules stay in float32 when the model is asked for in float16 only.
-        keep = GptOssModel._keep_in_fp32_modules or [] if self.dtype is torch.float16 else []
-        self._in_float32 = frozenset(keep)
-
-    def __call__(self, name: str) -> torch.Tensor:
-        import torch
-
-        kept = not self._in_float32.isdisjoint(name.split("."))
-        return _as(torch.float32 if kept else self.dtype, read_tensor(self.tensors[name]))
-
-
-class _ExpertSlices:
-    """Stands in for GptOssExperts.gate_up_proj or down_proj: indexed by expert, it gives [K, rows] in dtype.
-
-    gpt-oss' eager forward does nothing else with them, and only asks for experts that some token went to.
-    """
-
-    def __init__(self, tensors: Mapping[str, TensorRef], name: str, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._stored = [tensors[n] for n in (name, f"{name}_blocks", f"{name}_scales") if n in tensors]
-
-    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
-        import torch
-        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-        e = int(expert)
-        stored = [read_tensor(ref)[e] for ref in self._stored]
-        if len(stored) == 1:
-            return _as(self._dtype, stored[0])
-        # Every row goes in as an expert of one row: the function then has nothing to transpose, and the
-        # transposition that it owes is a view, which saves 40 % of the time.
-        blocks, scales = (torch.from_numpy(np.array(part)).unsqueeze(1) for part in stored)
-        decoded: torch.Tensor = convert_moe_packed_tensors(blocks, scales, dtype=self._dtype)
-        return decoded.squeeze(-1).T
-
-
-def _stream_layer(load: _Loader, index: int, layer: torch.nn.Module, done: Task) -> None:
-    """Has the layer's parameters loaded just before it runs and dropped just after."""
-    prefix = f"model.layers.{index}."
-    experts = layer.get_submodule("mlp.experts")
-    for name in ("gate_up_proj", "down_proj"):
-        delattr(experts, name)
-        setattr(experts, name, _ExpertSlices(load.tensors, f"{prefix}mlp.experts.{name}", load.dtype))
-
-    def fill(*_: object) -> None:
-        layer.load_state_dict({n: load(prefix + n) for n in layer.state_dict()}, assign=True)
-
-    def drop(*_: object) -> None:
-        layer.to("meta")
-        done.advance(1)
-
-    layer.register_forward_pre_hook(fill)
-    layer.register_forward_hook(drop)
-
-
-def _embed(checkpoint: Checkpoint, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probes' rows of the embedding, zeros after their ends, and the mask that says so.
-
-    [probes, longest, hidden] in dtype and [probes, longest] int64.
-    """
+def _run(checkpoint: Checkpoint, probes: Sequence[Probe], dtype: Dtype, folder: Path, progress: Progress) -> Reference:
     import torch
 
+    load = Loader(checkpoint, dtype)
+    model = streamed_model(checkpoint, load)
     table = read_tensor(checkpoint.tensors["model.embed_tokens.weight"])
-    longest = max(len(probe.ids) for probe in probes)
-    embeds = torch.zeros(len(probes), longest, table.shape[1], dtype=dtype)
-    mask = torch.zeros(len(probes), longest, dtype=torch.int64)
-    for row, probe in enumerate(probes):
-        if not all(0 <= token < len(table) for token in probe.ids):
-            raise PromptError(
-                f"probe {probe.name!r} has token ids outside of the vocabulary of {len(table)}",
-                "Use the tokenizer of this checkpoint.",
-            )
-        embeds[row, : len(probe.ids)] = _as(dtype, table[list(probe.ids)])
-        mask[row, : len(probe.ids)] = 1
-    return embeds, mask
+    batch = pad([table[list(probe.ids)] for probe in probes], load.dtype)
+    shape, extent = trace_shape(checkpoint.config, probes), trace_extent(dtype)
+    label = "reference" if dtype == "float32" else f"noise floor {dtype}"
+    with progress.task(label, total=len(model.layers)) as done, closing(TraceWriter(folder, shape, extent)) as writer:
+        recorder = _Recorder(writer, batch)
+        for index, layer in enumerate(model.layers):
+            stream_layer(load, index, layer, partial(done.advance, 1))
+            if extent == "routing":
+                watch_router(layer, partial(recorder.see, index))
+                continue
+            watch_ops(layer, partial(recorder.see, index))
+            watch_expert_parts(layer, partial(recorder.see_part, index))
+        if extent == "states":
+            entered = partial(recorder.see, len(model.layers), "hidden")
+            model.norm.register_forward_pre_hook(lambda _m, args: entered(args[0]))
+        with torch.inference_mode():
+            output = model(inputs_embeds=batch.values, attention_mask=batch.mask, use_cache=False)
+            writer.append("final", batch.rows(output.last_hidden_state).float().numpy())
+        writer.finish(recorder.peaks())
+        trace = Trace(folder, shape, extent)
+    return Reference(probes, checkpoint.config, trace, checkpoint.tensors["lm_head.weight"], dtype)
 
 
-def _torch_dtype(dtype: Dtype) -> torch.dtype:
-    import torch
+class _Recorder:
+    """Takes what the hooks see: rows of tokens, without padding, go to the writer, their extremes are kept."""
 
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    def __init__(self, writer: TraceWriter, batch: Batch) -> None:
+        self._writer, self._batch = writer, batch
+        self._real = batch.mask.flatten().bool()
+        self._peaks: dict[str, list[Peak]] = {}
+
+    def see(self, layer: int, name: str, value: torch.Tensor) -> None:
+        rows = self._batch.rows(value).float()
+        self._writer.append("router_logits" if name == "router" else name, rows.numpy())
+        self._note(layer, name, rows)
+
+    def see_part(self, layer: int, name: str, value: torch.Tensor, rows: torch.Tensor) -> None:
+        self._note(layer, name, value[self._real[rows]])
+
+    def _note(self, layer: int, name: str, rows: torch.Tensor) -> None:
+        peaks = self._peaks.setdefault(name, [])
+        peaks.extend(Peak(0.0, 0) for _ in range(layer + 1 - len(peaks)))
+        peaks[layer] = peaks[layer].merge(_peak(rows))
+
+    def peaks(self) -> dict[str, tuple[Peak, ...]]:
+        return {name: tuple(row) for name, row in self._peaks.items()}
 
 
-def _as(dtype: torch.dtype, stored: NDArray[np.generic]) -> torch.Tensor:
-    """A bfloat16 array, whatever two-byte dtype it is held in: exact in float32, rounded in float16."""
-    import torch
-
-    bits = torch.from_numpy(np.array(stored).view(np.uint16))  # a copy: torch wants memory that it may write
-    return bits.view(torch.bfloat16).to(dtype)
+def _peak(rows: torch.Tensor) -> Peak:
+    if rows.numel() == 0:
+        return Peak(0.0, 0)
+    size = rows.abs()
+    largest = float(size.max())
+    if math.isfinite(largest):
+        return Peak(largest, 0)
+    finite = size[size.isfinite()]
+    return Peak(float(finite.max()) if finite.numel() else 0.0, size.numel() - finite.numel())

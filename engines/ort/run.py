@@ -24,7 +24,11 @@ def open_ort_runner(folder: Path, provider: str, threads: int | None = None, *, 
 
     Raises what `open_session` raises.
     """
-    session = open_session(folder, provider, threads, kernels=kernels)
+    return runner_on(open_session(folder, provider, threads, kernels=kernels))
+
+
+def runner_on(session: Session) -> Runner:
+    """The runner that fits the model of the session."""
     return SharedCacheRunner(session) if WINDOWS_KEY in session.metadata else GrowingCacheRunner(session)
 
 

@@ -14,6 +14,9 @@ from gptoss_export.exporter.errors import PromptError, SessionError, TargetUnava
 
 MODEL_FILE = "model.onnx"
 
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+"""Where the weights of a model lie that comes from memory."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -33,7 +36,12 @@ class Session:
 
 
 def open_session(folder: Path, provider: str, threads: int | None, *, kernels: bool) -> Session:
-    """Opens `folder`/model.onnx, with the kernel library if `kernels` and there is one.
+    """Opens `folder`/model.onnx, with the kernel library if `kernels` and there is one. Raises what `start` raises."""
+    return describe(start(folder, provider, threads, kernels=kernels))
+
+
+def start(folder: Path, provider: str, threads: int | None, *, kernels: bool, model: bytes | None = None) -> Any:
+    """An InferenceSession of `folder`/model.onnx, or of a model that reads the same weights.
 
     Raises SessionError when ONNX Runtime refuses the model, TargetUnavailableError when it would run on another
     provider than the one asked for (it falls back silently).
@@ -46,9 +54,13 @@ def open_session(folder: Path, provider: str, threads: int | None, *, kernels: b
     if kernels and kernels_work() is None:
         options.register_custom_ops_library(str(kernel_library()))
     path = folder / MODEL_FILE
+    if model is not None:
+        options.add_session_config_entry(FOLDER_OPTION, str(folder))
     try:
         # Folding would turn the stored bfloat16 into float32 and transposed copies of most of the model.
-        session = ort.InferenceSession(path, options, providers=[provider], disabled_optimizers=["ConstantFolding"])
+        session = ort.InferenceSession(
+            path if model is None else model, options, providers=[provider], disabled_optimizers=["ConstantFolding"]
+        )
     except Exception as error:  # onnxruntime raises its own unexported types
         raise SessionError(
             f"onnxruntime {ort.__version__} refuses {path}: {str(error).splitlines()[0]}",
@@ -59,6 +71,11 @@ def open_session(folder: Path, provider: str, threads: int | None, *, kernels: b
             f"onnxruntime runs on {', '.join(session.get_providers())} instead of {provider}",
             f"Install the onnxruntime package that brings {provider}.",
         )
+    return session
+
+
+def describe(session: Any) -> Session:
+    """What can be read off an InferenceSession."""
     inputs = {i.name: i for i in session.get_inputs()}
     cache_inputs = tuple(name for name in inputs if name.startswith("past_key_values."))
     outputs = session.get_outputs()

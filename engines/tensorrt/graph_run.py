@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptoss_export.engines.ort.session import MODEL_FILE, check_call, foreign_cache
+from gptoss_export.engines.ort.session import FOLDER_OPTION, MODEL_FILE, check_call, foreign_cache
 from gptoss_export.engines.runner import KVCache, Logits, Step, Tokens
 from gptoss_export.engines.tensorrt.cache import EngineCall, Limits, SlotState, plan_call, run_calls
 from gptoss_export.engines.tensorrt.emulate import emulate
-from gptoss_export.engines.tensorrt.metadata import EngineInput, read_metadata
+from gptoss_export.engines.tensorrt.metadata import EngineInput, EngineMetadata, read_metadata
 from gptoss_export.exporter.checkpoint.files import open_regular
 from gptoss_export.exporter.errors import SessionError
 
-_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class GraphCache:
 class GraphRunner:
     """See `engines.runner.Runner`."""
 
-    def __init__(self, session: Any, weights: dict[str, Any], limits: Limits) -> None:
+    def __init__(self, session: Any, weights: dict[str, Any], limits: Limits, vocab_size: int | None = None) -> None:
+        """vocab_size: None: what the logits have."""
         self._session, self._weights = session, weights
         self.limits = limits
         inputs = {i.name: i for i in session.get_inputs()}
         self._caches = [i for name, i in inputs.items() if name.startswith("past_key_values.")]
         self._outputs = [o.name for o in session.get_outputs()]
-        self._vocab_size = int(session.get_outputs()[0].shape[1])
+        self._vocab_size = vocab_size or int(session.get_outputs()[0].shape[1])
 
     @property
     def vocab_size(self) -> int:
@@ -102,25 +104,36 @@ _STORED = {"BF16": (np.uint16, 16), "U8": (np.int8, 3)}
 def open_graph_runner(folder: Path, threads: int | None = None) -> GraphRunner:
     """A runner of `folder`/model.onnx. Raises SessionError, and what reading engine.json raises."""
     import onnx_ir as ir
-    import onnxruntime as ort
 
     metadata = read_metadata(folder)
-    model = ir.load(folder / MODEL_FILE)
+    session = start(ir.load(folder / MODEL_FILE), folder, threads)
+    return GraphRunner(session, external_weights(session, folder, metadata), metadata.limits)
+
+
+def start(model: ir.Model, folder: Path, threads: int | None) -> Any:
+    """An InferenceSession of a lowered graph whose weights lie in `folder`; it is changed. Raises SessionError."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
     emulate(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry(_FOLDER_OPTION, str(folder))
+    options.add_session_config_entry(FOLDER_OPTION, str(folder))
     try:
         proto = ir.to_proto(model).SerializeToString()
-        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own unexported types
         raise SessionError(
             f"onnxruntime {ort.__version__} refuses the graph of {folder}: {str(error).splitlines()[0]}",
             "Export again; report this if it stays so.",
         ) from error
-    weights = {name: _weight(folder, entry) for name, entry in metadata.inputs.items()}
-    return GraphRunner(session, weights, metadata.limits)
+
+
+def external_weights(session: Any, folder: Path, metadata: EngineMetadata) -> dict[str, Any]:
+    """Those of the engine's weight inputs that the session has, mapped."""
+    wanted = {value.name for value in session.get_inputs()}
+    return {name: _weight(folder, entry) for name, entry in metadata.inputs.items() if name in wanted}
 
 
 def _weight(folder: Path, entry: EngineInput) -> Any:

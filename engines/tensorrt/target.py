@@ -188,6 +188,7 @@ def execution(folder: Path) -> Execution:
         not_executed_reason=reason,
         ran_instead=f"onnxruntime {ort.__version__}, CPUExecutionProvider" if reason else None,
         max_batch=metadata.max_batch,
+        max_context=metadata.max_context,
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option
+from gptoss_export.exporter.commands.gates import gate_option
 from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
     json_option,
     print_json,
+    prompts_option,
     threads_option,
 )
 
@@ -63,24 +66,45 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option(
     "--parity", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How many positions."
 )
+@click.option("--bisect", "bisection", is_flag=True, help="Name the operation in layers that are beyond their gate.")
+@prompts_option
+@gate_option
 @allow_unexecuted_option
 @threads_option
 @json_option
 @common_options
 @click.pass_obj
 def validate(
-    settings: Settings, folder: Path, parity: str, allow_unexecuted: bool, threads: int | None, as_json: bool
+    settings: Settings,
+    folder: Path,
+    parity: str,
+    bisection: bool,
+    prompts: Path | None,
+    gates: Mapping[str, float],
+    allow_unexecuted: bool,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Check every hash of the artifact in OUT and measure its parity anew.
 
     Rewrites its parity report and the verdict in its manifest. Exits 50 when the artifact is not the model, 52 when
     its engine could not be run here.
+
+    \b
+    Examples:
+      gptoss-export validate ./release --parity full
+      gptoss-export validate ./release --bisect
+      gptoss-export validate ./release --prompts ours.jsonl --gate max-kl-mean=1e-9
     """
     from gptoss_export.exporter.commands.show import echo_result, result_as_json
-    from gptoss_export.exporter.pipeline import require_pass, validate_artifact
+    from gptoss_export.exporter.pipeline import MeasureOptions, require_pass, validate_artifact
+
+    options = MeasureOptions(prompts=prompts, overrides=gates, bisection=bisection)
 
     with settings.working() as progress:
-        result = validate_artifact(folder, "full" if parity == "full" else "quick", threads=threads, progress=progress)
+        result = validate_artifact(
+            folder, "full" if parity == "full" else "quick", options=options, threads=threads, progress=progress
+        )
     if as_json:
         print_json({"results": [result_as_json(result)]})
     else:

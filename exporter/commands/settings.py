@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -55,6 +56,17 @@ def threads_option(command: _F) -> _F:
         type=click.IntRange(1, 4096),
         envvar="GPTOSS_EXPORT_THREADS",
         help="Threads of the engine.  [default: one a core]",
+    )(command)
+
+
+def prompts_option(command: _F) -> _F:
+    """Adds --prompts."""
+    return click.option(
+        "--prompts",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="GPTOSS_EXPORT_PROMPTS",
+        metavar="FILE",
+        help="Texts of your own to compare as well: plain text, or JSON lines of texts or token ids.",
     )(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from gptoss_export.exporter.artifact import Manifest
     from gptoss_export.exporter.pipeline import ExportResult
     from gptoss_export.exporter.plan import Plan
+    from gptoss_export.validators.layers import Bisection
 
 
 def plan_as_json(plan: Plan) -> dict[str, object]:
@@ -55,12 +57,19 @@ def result_as_json(result: ExportResult) -> dict[str, object]:
         "notes": list(result.manifest.notes),
         "artifact_bytes": artifact_bytes(result.manifest),
         "seconds": round(result.seconds, 3),
+        "bisection": None if (bisection := _bisection(result)) is None else asdict(bisection),
     }
 
 
 def echo_result(result: ExportResult) -> None:
     """One artifact and its verdict for people."""
     click.echo(f"{result.summary}, {format_bytes(artifact_bytes(result.manifest))}, {format_seconds(result.seconds)}")
+    if (bisection := _bisection(result)) is not None:
+        click.echo(bisection.sentence)
+
+
+def _bisection(result: ExportResult) -> Bisection | None:
+    return None if result.report is None else result.report.bisection
 
 
 def echo_manifest(manifest: Manifest) -> None:
@@ -69,6 +78,7 @@ def echo_manifest(manifest: Manifest) -> None:
     rows = [
         ("target", f"{manifest.target} ({manifest.engine}, {manifest.provider})"),
         ("verdict", parity.verdict if parity.effort is None else f"{parity.verdict} ({parity.effort})"),
+        *([("gates", f"loosened: {', '.join(parity.loosened)}")] if parity.loosened else ()),
         (
             "model",
             f"{model.num_layers} layers, {model.num_experts} experts (top {model.top_k}), hidden {model.hidden_size}, "

@@ -19,11 +19,11 @@ from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
-from gptoss_export.validators.gates import GATES, GatePolicy
-from gptoss_export.validators.parity import validate
+from gptoss_export.validators.gates import GATES, Gates
 from gptoss_export.validators.probes import default_probes
 from gptoss_export.validators.reference import Reference, run_reference
-from gptoss_export.validators.report.schema import Binding, Engine, ParityReport
+from gptoss_export.validators.scenario_run import run_scenarios
+from gptoss_export.validators.verdict import Case, scenario_cases
 
 Mutation = Callable[[ir.Model, Checkpoint, Path], ir.Model]
 
@@ -114,32 +114,27 @@ def reference(references: Callable[[str], Reference]) -> Reference:
     return references("onnx")
 
 
-def judge_folder(runner: Runner, reference: Reference, target: str, gates: GatePolicy) -> ParityReport:
-    return validate(
-        runner,
-        reference,
-        target=target,
-        effort="full" if target == INT8 else "quick",
-        gates=gates,
-        binding=Binding({}, {}),
-        engine_description=Engine("onnxruntime", "", "CPUExecutionProvider"),
-    )
+def failures(runner: Runner, reference: Reference, target: str, gates: Gates) -> list[Case]:
+    """The gates of scenarios that were not kept."""
+    found = run_scenarios(runner, reference, effort="full" if target == INT8 else "quick")
+    assert all(s.metrics.positions > 0 for s in found.results)
+    return [case for case in scenario_cases(found.results, gates) if not case.kept]
 
 
 @pytest.fixture
 def judged(
     tiny: Checkpoint, tiny_graph: ir.Model, references: Callable[[str], Reference], tmp_path: Path
-) -> Callable[..., ParityReport]:
+) -> Callable[..., list[Case]]:
     """Builds what `mutate` gives, has `damage` at the artifact, and compares it with the reference."""
 
-    def run(target: str, mutate: Mutation, damage: Callable[[Path], None] | None = None) -> ParityReport:
+    def run(target: str, mutate: Mutation, damage: Callable[[Path], None] | None = None) -> list[Case]:
         (tmp_path / "weights").mkdir()
         for file in tiny.weight_files:
             (tmp_path / "weights" / file.name).write_bytes(file.read_bytes())
         TARGETS[target].build(mutate(tiny_graph.clone(), tiny, tmp_path), tiny, tmp_path, "weights", BuildSettings())
         if damage is not None:
             damage(tmp_path)
-        return judge_folder(TARGETS[target].open_runner(tmp_path, 1), references(target), target, GATES[target])
+        return failures(TARGETS[target].open_runner(tmp_path, 1), references(target), target, GATES[target].absolute)
 
     return run
 
@@ -155,17 +150,13 @@ FAILING = [(target, m) for target in ORT_TARGETS for m in MUTATIONS if (target, 
 
 
 @pytest.mark.parametrize(("target", "mutation"), FAILING, ids=lambda v: getattr(v, "__name__", v))
-def test_a_mutation_fails(target: str, mutation: Mutation, judged: Callable[[str, Mutation], ParityReport]) -> None:
-    report = judged(target, mutation)
-    assert not report.verdict.passed
-    prefill = next(s for s in report.scenarios if s.name == "prefill").metrics
-    assert prefill.kl_mean is not None and prefill.kl_mean > GATES[target].absolute.max_kl_mean
+def test_a_mutation_fails(target: str, mutation: Mutation, judged: Callable[[str, Mutation], list[Case]]) -> None:
+    assert ("prefill", "max_kl_mean") in {(case.where, case.gate) for case in judged(target, mutation)}
 
 
 @pytest.mark.parametrize("target", ORT_TARGETS)
-def test_the_truth_passes(target: str, judged: Callable[[str, Mutation], ParityReport]) -> None:
-    report = judged(target, truth)
-    assert report.verdict.passed, report.verdict.failures
+def test_the_truth_passes(target: str, judged: Callable[[str, Mutation], list[Case]]) -> None:
+    assert not judged(target, truth)
 
 
 def int8_tensor(tiny: Checkpoint, folder: Path, name: str) -> np.memmap:
@@ -176,29 +167,29 @@ def int8_tensor(tiny: Checkpoint, folder: Path, name: str) -> np.memmap:
 
 
 @pytest.mark.parametrize("layer", [2, 3])
-def test_rows_of_q_that_are_off_by_one_fail(layer: int, tiny: Checkpoint, judged: Callable[..., ParityReport]) -> None:
+def test_rows_of_q_that_are_off_by_one_fail(layer: int, tiny: Checkpoint, judged: Callable[..., list[Case]]) -> None:
     def shift(folder: Path) -> None:
         weight = int8_tensor(tiny, folder, f"model.layers.{layer}.self_attn.qkv_proj.weight_int8")
         weight[:256] = np.roll(weight[:256], 1, axis=0)
         weight.flush()
 
-    assert not judged(INT8, truth, shift).verdict.passed
+    assert judged(INT8, truth, shift)
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.qkv_proj", "model.layers.2.self_attn.o_proj", "lm_head"])
 def test_scales_that_are_off_by_a_twentieth_fail(
-    name: str, tiny: Checkpoint, judged: Callable[..., ParityReport]
+    name: str, tiny: Checkpoint, judged: Callable[..., list[Case]]
 ) -> None:
     def scale(folder: Path) -> None:
         scales = int8_tensor(tiny, folder, f"{name}.weight_scales")
         scales[:] = (scales.astype(np.float32) * 1.05).astype(ml_dtypes.bfloat16)
         scales.flush()
 
-    assert not judged(INT8, truth, scale).verdict.passed
+    assert judged(INT8, truth, scale)
 
 
 def test_without_our_kernels_ort_cpu_keeps_the_exact_gates(
-    judged: Callable[[str, Mutation], ParityReport],
+    judged: Callable[[str, Mutation], list[Case]],
     reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -206,5 +197,4 @@ def test_without_our_kernels_ort_cpu_keeps_the_exact_gates(
     monkeypatch.setattr(build, "kernels_work", lambda: "not in this test")
     judged("ort-cpu", truth)
     runner = open_ort_runner(tmp_path, "CPUExecutionProvider", 1, kernels=False)
-    report = judge_folder(runner, reference, "ort-cpu", GATES["onnx"])
-    assert report.verdict.passed, report.verdict.failures
+    assert not failures(runner, reference, "ort-cpu", GATES["onnx"].absolute)

@@ -23,7 +23,6 @@ import onnx_ir as ir
 import pytest
 
 from gptoss_export.engines.build_info import BuildInfo, BuildSettings
-from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.engines.tensorrt.cuda import device_missing
 from gptoss_export.engines.tensorrt.flavor import find_flavor
@@ -38,14 +37,15 @@ from gptoss_export.exporter import cli
 from gptoss_export.exporter.artifact import read_manifest, verify_files
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout, TensorRef
 from gptoss_export.exporter.errors import TargetUnavailableError
-from gptoss_export.exporter.measure import Yardstick, make_yardstick
+from gptoss_export.exporter.measure import MeasureOptions, make_yardstick
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
 from gptoss_export.exporter.progress import SilentProgress
-from gptoss_export.validators.gates import GATES, judge
-from gptoss_export.validators.metrics import Accumulator, Metrics
-from gptoss_export.validators.parity import validate
-from gptoss_export.validators.report.schema import Binding, Engine, ParityReport
+from gptoss_export.validators.gates import GATES
+from gptoss_export.validators.parity import Subject, Yardstick, validate
+from gptoss_export.validators.report.schema import Binding, Engine
+from gptoss_export.validators.scenario_run import run_scenarios
 from gptoss_export.validators.scenarios import SCENARIOS
+from gptoss_export.validators.verdict import Case, scenario_cases
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("triton")
@@ -135,7 +135,7 @@ def graph_of(tiny: Checkpoint, tiny_graph: ir.Model, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def yardstick(tiny: Checkpoint) -> Yardstick:
-    return make_yardstick(tiny, "quick", list(NAMES), SilentProgress())
+    return make_yardstick(tiny, {}, "quick", list(NAMES), MeasureOptions(), SilentProgress())
 
 
 # What is built.
@@ -253,28 +253,25 @@ def test_execution_says_what_runs_instead_and_why(name: str, built: Build) -> No
     assert (found.provider, found.max_batch) == ("compute capability 8.6", PLUGIN.max_batch)
 
 
-def judged(runner: Runner, yardstick: Yardstick, name: str, max_batch: int | None) -> ParityReport:
-    return validate(
-        runner,
-        yardstick.reference,
-        target=name,
-        effort="quick",
-        gates=GATES[name],
-        floor=yardstick.floors.get(GATES[name].floor_dtype or ""),
-        max_batch=max_batch,
-        binding=Binding({}, {}),
-        engine_description=Engine("tensorrt_rtx", "", "", "graph only", "not in this test", "onnxruntime"),
-    )
-
-
 @pytest.mark.parametrize("name", ["trt-fp16", "trt-bf16"])
-def test_the_graph_keeps_the_gates(name: str, built: Build, yardstick: Yardstick) -> None:
-    report = judged(open_graph(built(name, PLUGIN)[0], None), yardstick, name, PLUGIN.max_batch)
+def test_the_graph_keeps_the_gates(name: str, built: Build, tiny: Checkpoint, yardstick: Yardstick) -> None:
+    folder = built(name, PLUGIN)[0]
+    subject = Subject(
+        target=name,
+        runner=open_graph(folder, None),
+        inspector=TARGETS[name].inspect(folder, None),
+        checkpoint=tiny,
+        engine=Engine("tensorrt_rtx", "", "", "graph only", "not in this test", "onnxruntime"),
+        binding=Binding({}, {}),
+        max_batch=PLUGIN.max_batch,
+        max_context=PLUGIN.max_context,
+    )
+    report = validate(subject, yardstick, policy=GATES[name])
     assert report.verdict.passed, report.verdict.failures
     assert report.outcome == "not executed"
     floor = yardstick.floors[GATES[name].floor_dtype or ""].metrics
     assert floor.kl_mean is not None
-    for scenario in report.scenarios:
+    for scenario in report.evidence.scenarios:
         assert scenario.metrics.kl_mean is not None
         assert scenario.metrics.kl_mean <= 3 * floor.kl_mean
 
@@ -345,7 +342,7 @@ def test_an_engine_that_was_not_executed_is_exit_code_52(exported: tuple[Path, t
 @without_gpu
 def test_one_row_a_call_is_enough_for_every_scenario(release: Path) -> None:
     report = json.loads((release / "parity.json").read_text())
-    scenarios = {scenario["name"]: scenario["metrics"] for scenario in report["scenarios"]}
+    scenarios = {scenario["name"]: scenario["metrics"] for scenario in report["evidence"]["scenarios"]}
     assert tuple(scenarios) == SCENARIOS
     for metrics in scenarios.values():
         assert metrics["positions"] > 0
@@ -548,32 +545,25 @@ LIES = [
 
 
 @pytest.fixture
-def measured(tiny: Checkpoint, built: Build, yardstick: Yardstick, tmp_path: Path) -> Callable[[Mutation], Metrics]:
-    """How far the graph of trt-fp32 is from the reference once `mutate` had it, over every position of a prefill."""
+def measured(tiny: Checkpoint, built: Build, yardstick: Yardstick, tmp_path: Path) -> Callable[[Mutation], list[Case]]:
+    """The gates that the graph of trt-fp32 does not keep once `mutate` had it, in every scenario."""
 
-    def measure(mutate: Mutation) -> Metrics:
+    def measure(mutate: Mutation) -> list[Case]:
         folder = tmp_path / "artifact"
         shutil.copytree(built("trt-fp32", FUNCTION)[0], folder, ignore=shutil.ignore_patterns("engine.plan"))
         model = ir.load(folder / "model.onnx")
         mutate(model, tiny, folder)
         ir.save(model, folder / "model.onnx")
-        runner, accumulator = open_graph(folder, None), Accumulator()
-        for index, probe in enumerate(yardstick.reference.probes):
-            logits = runner.forward(np.array([probe.ids]), keep=0).logits[0]
-            accumulator.add(yardstick.reference.logits(index, 0, len(probe.ids)), logits)
-        return accumulator.metrics()
+        found = run_scenarios(open_graph(folder, None), yardstick.reference, effort="quick")
+        return [c for c in scenario_cases(found.results, GATES["trt-fp32"].absolute) if not c.kept]
 
     return measure
 
 
 @pytest.mark.parametrize("mutation", LIES, ids=lambda lie: lie.__name__)
-def test_a_lie_about_the_network_fails(mutation: Mutation, measured: Callable[[Mutation], Metrics]) -> None:
-    metrics, gates = measured(mutation), GATES["trt-fp32"].resolve(None)
-    assert not judge(dict.fromkeys(SCENARIOS, metrics), gates).passed
-    assert metrics.kl_mean is not None
-    assert metrics.kl_mean > gates.max_kl_mean
+def test_a_lie_about_the_network_fails(mutation: Mutation, measured: Callable[[Mutation], list[Case]]) -> None:
+    assert ("prefill", "max_kl_mean") in {(case.where, case.gate) for case in measured(mutation)}
 
 
-def test_the_truth_passes(measured: Callable[[Mutation], Metrics]) -> None:
-    verdict = judge(dict.fromkeys(SCENARIOS, measured(truth)), GATES["trt-fp32"].resolve(None))
-    assert verdict.passed, verdict.failures
+def test_the_truth_passes(measured: Callable[[Mutation], list[Case]]) -> None:
+    assert not measured(truth)

@@ -192,7 +192,7 @@ def test_names_that_are_no_path_inside(name: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("schema_version",), 2),
+        (("schema_version",), 1),
         (("schema_version",), "1"),
         (("schema_version",), None),
         (("target",), 7),
@@ -225,6 +225,7 @@ def test_names_that_are_no_path_inside(name: str, folder: Path) -> None:
         (("parity", "verdict"), "graph only"),
         (("parity", "effort"), None),
         (("parity", "report_sha256"), "abc"),
+        (("parity", "loosened"), "max_kl_mean"),
         (("created_at",), "yesterday"),
         (("created_at",), 5),
     ],
@@ -247,7 +248,7 @@ def test_wrong_values(path: tuple[str, ...], value: object, folder: Path) -> Non
         b"[]",
         b"{",
         b"\xff\xfe",
-        b'{"schema_version": 1, "schema_version": 1}',
+        b'{"schema_version": 2, "schema_version": 2}',
         b'{"a": NaN}',
         b"[" * 100_000,
         b'{"a": "' + b"x" * MAX_MANIFEST_BYTES + b'"}',

@@ -21,7 +21,7 @@ from gptoss_export.engines.tensorrt import flavor
 from gptoss_export.exporter import cli, pipeline
 from gptoss_export.exporter.artifact import ParityRecord, Verdict
 from gptoss_export.exporter.errors import ConfigError, GptossExportError
-from gptoss_export.exporter.pipeline import ExportRequest, ExportResult
+from gptoss_export.exporter.pipeline import ExportRequest, ExportResult, MeasureOptions
 from gptoss_export.exporter.weights import WeightsMode
 
 FLAGS = {"FORCE": "1", "THREADS": "5", "JSON": "1", "QUIET": "1", "BUNDLE_KERNELS": "1"}
@@ -159,13 +159,16 @@ def test_yaml_off_is_the_word_and_not_false(
 def test_a_subcommand_has_its_own_section(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def validate(folder: Path, effort: str, *, threads: int | None, progress: object) -> None:
-        raise ConfigError(f"{folder} {effort} {threads}", "stop")
+    def validate(folder: Path, effort: str, *, options: MeasureOptions, threads: int | None, progress: object) -> None:
+        raise ConfigError(f"{folder} {effort} {threads} {options}", "stop")
 
     monkeypatch.setattr(pipeline, "validate_artifact", validate)
-    (tmp_path / "c.yaml").write_text("model: m\nvalidate: {parity: full, threads: 2}\n")
+    (tmp_path / "c.yaml").write_text(
+        "model: m\nvalidate: {parity: full, threads: 2, prompts: p.txt, bisect: true, gate: [max-kl-mean=1e-9]}\n"
+    )
     assert cli.main(["--config", "c.yaml", "validate", "out"]) == ConfigError.exit_code
-    assert "error: out full 2" in capsys.readouterr().err
+    options = MeasureOptions(Path("p.txt"), {"max_kl_mean": 1e-9}, bisection=True)
+    assert f"error: out full 2 {options}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -317,12 +320,14 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def result(verdict: Verdict, folder: Path) -> Any:
-    failures = (SimpleNamespace(scenario="decode", gate="max_kl_mean", measured=0.25, limit=1e-9),)
+def result(verdict: Verdict, folder: Path, loosened: tuple[str, ...] = ()) -> Any:
+    failures = (SimpleNamespace(where="decode", gate="max_kl_mean", measured=0.25, limit=1e-9),)
     report = SimpleNamespace(
         effort="quick",
         outcome=verdict,
         engine=SimpleNamespace(not_executed_reason="no NVIDIA driver"),
+        loosened=loosened,
+        bisection=None,
         verdict=SimpleNamespace(passed=verdict != "fail", failures=failures if verdict == "fail" else ()),
     )
     manifest = SimpleNamespace(
@@ -349,8 +354,20 @@ def test_a_failed_verdict_is_printed_and_exits_50(
     if as_json:
         assert [r["verdict"] for r in json.loads(captured.out)["results"]] == ["pass", "fail"]
     else:
-        assert "FAIL, gate max_kl_mean in scenario decode" in captured.out
+        assert "FAIL, gate max_kl_mean in decode" in captured.out
     assert "max_kl_mean" in captured.err
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail", "not executed"])
+def test_a_loosened_gate_is_in_the_verdict(
+    verdict: Verdict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [result(verdict, Path("a"), ("max_kl_mean",)), result(verdict, Path("b"))]
+    monkeypatch.setattr(pipeline, "export", lambda *_: found)
+    cli.main([*EXPORT, "--allow-unexecuted"])
+    loose, strict = capsys.readouterr().out.splitlines()
+    assert "gates LOOSENED: max_kl_mean" in loose
+    assert "LOOSENED" not in strict
 
 
 def test_parity_off_is_no_failure_but_said_loudly(

@@ -21,6 +21,7 @@ from gptoss_export.exporter import cli, pipeline, plan
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import (
     DiskSpaceError,
     GraphError,
@@ -38,10 +39,11 @@ from gptoss_export.exporter.graph import build as build_module
 from gptoss_export.exporter.pipeline import export, require_pass, validate_artifact
 from gptoss_export.exporter.plan import ExportRequest, make_plan
 from gptoss_export.exporter.weights import WeightsMode, hash_files
-from gptoss_export.validators import gates, parity, probes, reference
+from gptoss_export.validators import floor, gates, parity, probes, reference_cache
 from gptoss_export.validators import report as report_module
 
 Usage = namedtuple("Usage", "total used free")
+FLOORS = {"bfloat16": "floor in bfloat16", "float16": "floor in float16"}
 
 CHECKPOINT_FILES = [
     "config.json",
@@ -104,6 +106,9 @@ class FakeTarget:
         self.log.append(f"open {self.name}")
         return f"runner of {self.name}"
 
+    def inspect(self, folder: Path, threads: int | None = None) -> str:
+        return f"inspector of {self.name}"
+
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -118,16 +123,24 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return stage
 
-    def validate(runner: str, ref: object, *, target: str, effort: str, binding: Any, **_: object) -> object:
-        assert ref == "reference"
-        entries.append(f"validate {target} {effort}")
-        assert set(binding.checkpoint) == set(CHECKPOINT_FILES)
-        assert len(binding.files) >= len(CHECKPOINT_FILES) + 1
-        passed = not runner.endswith("onnx")
-        failure = SimpleNamespace(scenario="decode", gate="max_kl_mean", measured=0.5, limit=1e-9)
+    def validate(subject: parity.Subject, yardstick: parity.Yardstick, **_: object) -> object:
+        assert yardstick.reference == "reference"
+        entries.append(f"validate {subject.target} {yardstick.effort}")
+        assert set(subject.binding.checkpoint) == set(CHECKPOINT_FILES)
+        assert len(subject.binding.files) >= len(CHECKPOINT_FILES) + 1
+        assert subject.inspector == f"inspector of {subject.target}"
+        passed = not subject.runner.endswith("onnx")
+        failure = SimpleNamespace(where="decode", gate="max_kl_mean", measured=0.5, limit=1e-9)
         verdict = SimpleNamespace(passed=passed, failures=() if passed else (failure,))
         outcome = "pass" if passed else "fail"
-        return SimpleNamespace(effort=effort, verdict=verdict, target=target, outcome=outcome)
+        return SimpleNamespace(
+            effort=yardstick.effort, verdict=verdict, target=subject.target, outcome=outcome, loosened=()
+        )
+
+    def find_reference(checkpoint: Checkpoint, files: dict[str, str], *_: object, **__: object) -> str:
+        assert files.keys() == set(CHECKPOINT_FILES)
+        entries.append("reference")
+        return "reference"
 
     def write_report(report: Any, folder: Path) -> tuple[Path, Path]:
         for name in ("parity.json", "parity.md"):
@@ -136,7 +149,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(build_module, "build_graph", note("graph", "graph"))
     monkeypatch.setattr(probes, "default_probes", lambda *_: ())
-    monkeypatch.setattr(reference, "run_reference", note("reference", "reference"))
+    monkeypatch.setattr(reference_cache, "reference_for", find_reference)
+    monkeypatch.setattr(floor, "measure_floor", lambda _, __, dtype, **___: FLOORS[dtype])
     monkeypatch.setattr(parity, "validate", validate)
     monkeypatch.setattr(report_module, "write_report", write_report)
     monkeypatch.setattr(report_module, "content_sha256", lambda _: "5" * 64)
@@ -279,7 +293,7 @@ def test_several_targets_share_the_reference(tiny_dir: Path, tmp_path: Path, log
 def test_a_failed_verdict_is_delivered_and_refused(tiny_dir: Path, tmp_path: Path, log: list[str]) -> None:
     results = export(request(tiny_dir, tmp_path / "release", "onnx"))
     assert read_manifest(tmp_path / "release").parity.verdict == "fail"
-    with pytest.raises(ParityFailedError, match="max_kl_mean in scenario decode"):
+    with pytest.raises(ParityFailedError, match="max_kl_mean in decode"):
         require_pass(results)
 
 
@@ -361,7 +375,7 @@ def test_a_failure_anywhere_leaves_nothing(
         "graph": (build_module, "build_graph"),
         "build": (targets.TARGETS["ort-cpu"], "build"),
         "open": (targets.TARGETS["ort-cpu"], "open_runner"),
-        "reference": (reference, "run_reference"),
+        "reference": (reference_cache, "reference_for"),
         "parity": (parity, "validate"),
         "weights": (pipeline, "place_weights"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,21 @@ import pytest
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import PromptError, TokenizerError
-from gptoss_export.validators.probes import LONGEST, TEXTS, Probe, default_probes
+from gptoss_export.validators.probes import (
+    DATA,
+    LONG,
+    LONGEST,
+    LONGEST_LONG,
+    SHIPPED_VOCABULARY,
+    TEXTS,
+    Probe,
+    default_probes,
+    encode,
+    load_tokenizer,
+    long_probe,
+    shipped_ids,
+)
+from gptoss_export.validators.texts import long_text
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +34,21 @@ def checkpoint(tiny_dir: Path) -> Checkpoint:
     return open_checkpoint(tiny_dir)
 
 
-def shaped(checkpoint: Checkpoint, **changes: int) -> Checkpoint:
+def shaped(checkpoint: Checkpoint, **changes: object) -> Checkpoint:
     """The checkpoint with another config and no tokenizer."""
     return replace(checkpoint, config=replace(checkpoint.config, **changes), side_files=())
 
 
 def lengths(probes: tuple[Probe, ...]) -> list[int]:
     return [len(probe.ids) for probe in probes]
+
+
+def gptoss(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the figures of gpt-oss that probes depend on, and no tokenizer."""
+    yarn = replace(checkpoint.config.yarn, original_context=4096)
+    return shaped(
+        checkpoint, vocab_size=SHIPPED_VOCABULARY, sliding_window=128, max_positions=131072, num_experts=32, yarn=yarn
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 16, 128, 400])
@@ -110,3 +133,83 @@ def test_ids_that_this_model_cannot_take(checkpoint: Checkpoint, ids: list[int])
 def test_the_hash_of_a_probe_is_that_of_its_bytes() -> None:
     data = (1).to_bytes(8, "little") + (200000).to_bytes(8, "little")
     assert Probe("a", (1, 200000)).sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("name", [*TEXTS, LONG])
+def test_shipped_ids_are_what_their_files_say_and_of_the_texts_as_they_are(name: str) -> None:
+    record = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+    text = {**TEXTS, LONG: long_text()}[name]
+    assert (record["name"], record["tokenizer"]) == (name, "o200k_harmony")
+    assert record["sha256"] == Probe(name, tuple(record["ids"])).sha256
+    # If this fails, run benchmarks/make_probes.py: the texts have changed.
+    assert record["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert shipped_ids(name) == record["ids"]
+    assert all(0 <= token < SHIPPED_VOCABULARY for token in record["ids"])
+    assert len(record["ids"]) > (4608 if name == LONG else 150)
+
+
+def test_shipped_chats_hold_harmony_s_special_tokens() -> None:
+    """<|return|> 200002, <|constrain|> 200003, <|channel|> 200005, <|start|> 200006, <|end|> 200007, <|message|>
+    200008, <|call|> 200012."""
+    assert {token for token in shipped_ids("chat") if token >= 199998} == {
+        200002, 200003, 200005, 200006, 200007, 200008, 200012,
+    }  # fmt: skip
+    assert all(token < 199998 for name in TEXTS if name != "chat" for token in shipped_ids(name))
+
+
+def test_gpt_oss_own_vocabulary_is_probed_with_shipped_ids(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bare = gptoss(checkpoint)
+    single, code, longest = default_probes(bare, "quick")
+    assert single.ids == (shipped_ids("plain")[0],)
+    assert (code.name, code.ids) == ("code-54", tuple(shipped_ids("code")[:54]))
+    assert (longest.name, longest.ids) == ("chat-265", tuple(shipped_ids("chat")[:265]))
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text("no tokenizer, and none is needed")
+    assert default_probes(replace(bare, side_files=(broken,)), "quick") == (single, code, longest)
+    assert sum(len(set(p.ids)) for p in default_probes(bare, "full")) > 500
+
+
+def test_the_long_probe_goes_beyond_the_context_that_yarn_stretches(checkpoint: Checkpoint) -> None:
+    probe = long_probe(gptoss(checkpoint))
+    assert probe is not None
+    assert (probe.name, probe.ids) == ("long-4608", tuple(shipped_ids(LONG)[:4608]))
+
+    of_text = long_probe(checkpoint)
+    assert of_text is not None
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer is not None
+    assert of_text.ids == tuple(tokenizer.encode(long_text()).ids[:576])
+    random = long_probe(shaped(checkpoint))
+    assert random is not None
+    assert (random.name, len(random.ids)) == ("random-576", 576)
+
+
+def test_there_is_a_long_probe_only_where_it_fits(checkpoint: Checkpoint) -> None:
+    assert long_probe(shaped(checkpoint, yarn=None)) is None
+    assert long_probe(shaped(checkpoint, max_positions=576)) is not None
+    assert long_probe(shaped(checkpoint, max_positions=575)) is None
+    most = LONGEST_LONG * 8 // 9
+    for context, fits in ((most, True), (most + 2, False)):
+        yarn = replace(checkpoint.config.yarn, original_context=context)
+        assert (long_probe(shaped(checkpoint, yarn=yarn, max_positions=131072)) is not None) == fits
+
+
+def test_the_long_text_asks_for_what_was_said_far_above() -> None:
+    lines = long_text().splitlines()
+    asked = [(i, line) for i, line in enumerate(lines) if line.startswith("Where does ")]
+    assert len(asked) > 30
+    for i, line in asked:
+        who, what = line.removeprefix("Where does ").split("?")[0].split(" keep ", 1)
+        (told,) = [k for k, other in enumerate(lines) if f"{who} keeps {what} " in other]
+        assert told < i
+        assert line.split("? ")[1].rstrip(".").lower() in lines[told].lower()
+    assert len(set(lines)) == len(lines)
+
+
+def test_a_tokenizer_that_fails_is_said() -> None:
+    class Failing:
+        def encode(self, text: str) -> None:
+            raise Exception("no rule for\nthis")  # as the library does
+
+    with pytest.raises(TokenizerError, match="no rule for this"):
+        encode(Failing(), "a")  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from gptoss_export.engines.tensorrt.cache import (
     slots_for,
 )
 from gptoss_export.exporter.errors import PromptError
-from gptoss_export.validators.parity import measure
+from gptoss_export.validators.scenario_run import run_scenarios
 from gptoss_export.validators.scenarios import SCENARIOS
 
 VOCAB, WIDTH, WINDOW = 23, 8, 16
@@ -129,7 +129,7 @@ class TextReference:
 
 @pytest.mark.parametrize("limits", [LIMITS, WIDE, Limits(3, 1, 100, 3)], ids=["chunks", "whole", "one-by-one"])
 def test_every_scenario_of_parity_over_slots_is_the_text(limits: Limits) -> None:
-    results = measure(SlotRunner(limits), TextReference((61, 40, 52, 1)), effort="full")
+    results = run_scenarios(SlotRunner(limits), TextReference((61, 40, 52, 1)), effort="full").results
     assert [r.name for r in results] == list(SCENARIOS)
     for result in results:
         assert result.metrics.non_finite == 0

@@ -33,7 +33,7 @@ from gptoss_export.exporter.errors import (
     SessionError,
     TargetUnavailableError,
 )
-from gptoss_export.validators.parity import measure
+from gptoss_export.validators.scenario_run import run_scenarios
 from gptoss_export.validators.scenarios import SCENARIOS
 
 VOCAB, HEADS, DIM, WINDOWS = 23, 2, 4, (16, 0)
@@ -549,7 +549,7 @@ def decode(runner, ids, cache=None):
 def test_every_scenario_of_parity_is_the_text(tmp_path: Path, limits: dict, cuda_graphs: bool) -> None:
     bed = Bed(tmp_path, **limits)
     with bed.runner(cuda_graphs=cuda_graphs) as runner:
-        results = measure(runner, Texts((61, 40, 52, 1), bed.metadata.dtype), effort="quick")
+        results = run_scenarios(runner, Texts((61, 40, 52, 1), bed.metadata.dtype), effort="quick").results
     assert [r.name for r in results] == list(SCENARIOS)
     for result in results:
         assert result.metrics.non_finite == 0

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
-from gptoss_export.validators.gates import GatePolicy, Gates, Verdict
-from gptoss_export.validators.metrics import Metrics
+from gptoss_export.validators.gates import GatePolicy, Gates, loosened
+from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.scenarios import Effort
+from gptoss_export.validators.verdict import Verdict
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 Execution = Literal["executed", "graph only"]
 Outcome = Literal["pass", "fail", "not executed"]
@@ -61,12 +63,34 @@ class ProbeRecord:
 
 
 @dataclass(frozen=True)
-class ScenarioResult:
-    """One way in which the engine was asked, the calls it took, and what came out."""
+class WorstText:
+    """A position at which the artifact is farthest from the reference.
 
-    name: str
-    calls: int
-    metrics: Metrics
+    reference, candidate: the best token of either. following: the text's own, None at its end. context: the text up to
+    there, cut to its end; text_*: these tokens in words; all of them None without a tokenizer.
+    """
+
+    scenario: str
+    probe: str
+    position: int
+    kl: float
+    reference: int
+    candidate: int
+    following: int | None
+    context: str | None
+    text_reference: str | None
+    text_candidate: str | None
+
+
+@dataclass(frozen=True)
+class KLByPosition:
+    """KL of one probe in scenario `prefill`, in buckets of positions start (included) to stop (not)."""
+
+    probe: str
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    mean: tuple[float, ...]
+    max: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -81,13 +105,15 @@ class Binding:
 class ParityReport:
     """A measurement, its limits and its verdict.
 
-    gates are policy.resolve(floor), and verdict follows from scenarios and gates: whether what was run keeps
-    its gates. What that means for the artifact is `outcome`. created_at (ISO 8601, UTC) is the one field that
-    hashes leave out.
+    table_gates are policy.resolve(the floor in policy.floor_dtype), gates those with overrides, and verdict follows
+    from evidence and gates: whether what was run keeps its gates. What that means for the artifact is `outcome`.
+    floors: each type at most once. bisection: None where none was asked for. command: the command line. created_at
+    (ISO 8601, UTC) is the one field that hashes leave out.
     """
 
     schema_version: str
     created_at: str
+    command: tuple[str, ...]
     versions: Mapping[str, str]
     machine: Machine
     reference: str
@@ -96,9 +122,14 @@ class ParityReport:
     effort: Effort
     sliding_window: int
     probes: tuple[ProbeRecord, ...]
-    scenarios: tuple[ScenarioResult, ...]
+    evidence: Evidence
+    worst: tuple[WorstText, ...]
+    kl_by_position: tuple[KLByPosition, ...]
+    bisection: Bisection | None
     policy: GatePolicy
-    floor: FloorRecord | None
+    floors: tuple[FloorRecord, ...]
+    overrides: Mapping[str, float]
+    table_gates: Gates
     gates: Gates
     verdict: Verdict
     binding: Binding
@@ -110,3 +141,13 @@ class ParityReport:
         if not self.verdict.passed:
             return "fail"
         return "pass" if self.engine.execution == "executed" else "not executed"
+
+    @property
+    def floor(self) -> FloorRecord | None:
+        """The floor that the gates follow from."""
+        return next((floor for floor in self.floors if floor.dtype == self.policy.floor_dtype), None)
+
+    @property
+    def loosened(self) -> tuple[str, ...]:
+        """Gates that overrides let more pass than the table does: the verdict has to say so."""
+        return loosened(self.table_gates, self.gates)

@@ -1,0 +1,213 @@
+"""`engines.inspector` for graphs that ONNX Runtime runs: of its own targets, and those that stand in for an engine.
+
+A text is one row without padding and its positions run in order, so what comes out of the calls of a runner, however
+it cuts the text, is put together in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptoss_export.engines.inspector import LayerOutputs, RoutedChunk
+from gptoss_export.engines.ort import anatomy, taps
+from gptoss_export.engines.ort.run import runner_on
+from gptoss_export.engines.ort.session import MODEL_FILE, describe, start
+from gptoss_export.engines.ort.tapped import TappedSession
+from gptoss_export.engines.runner import KVCache, Runner, Tokens
+from gptoss_export.exporter.errors import PromptError, SessionError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ANY_INDEX = 1 << 62
+"""The size of the vocabulary for a runner whose ids are indexes into tables."""
+
+
+class Backend(Protocol):
+    """How changed graphs of one artifact are run. token_rows: see `taps.tap_model`."""
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def token_rows(self) -> bool: ...
+
+    def session(self, model: ir.Model) -> Any:
+        """An InferenceSession; the model may be changed. Raises SessionError."""
+        ...
+
+    def runner(self, session: TappedSession) -> Runner: ...
+
+
+@dataclass(frozen=True)
+class OrtBackend:
+    """Of an artifact of ONNX Runtime. kernels: as in `session.open_session`."""
+
+    folder: Path
+    provider: str
+    threads: int | None
+    kernels: bool
+    token_rows: bool = False
+
+    @property
+    def description(self) -> str:
+        return runtime_name(self.provider)
+
+    def session(self, model: ir.Model) -> Any:
+        import onnx_ir as ir
+
+        proto = ir.to_proto(model).SerializeToString()
+        return start(self.folder, self.provider, self.threads, kernels=self.kernels, model=proto)
+
+    def runner(self, session: TappedSession) -> Runner:
+        return runner_on(replace(describe(session), vocab_size=ANY_INDEX))
+
+
+def runtime_name(provider: str) -> str:
+    import onnxruntime as ort
+
+    return f"onnxruntime {ort.__version__}, {provider}"
+
+
+def open_ort_inspector(folder: Path, provider: str, threads: int | None, *, kernels: bool) -> GraphInspector:
+    """The inspector of the artifact in `folder`. Raises SessionError, GraphError."""
+    return GraphInspector(load_graph(folder), OrtBackend(folder, provider, threads, kernels))
+
+
+def load_graph(folder: Path) -> ir.Model:
+    """`folder`/model.onnx without its weights. Raises SessionError where it cannot be read."""
+    import onnx_ir as ir
+
+    path = folder / MODEL_FILE
+    try:
+        return ir.load(path)
+    except Exception as error:  # OSError, and types of protobuf and onnx_ir
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SessionError(f"{path} cannot be read as ONNX: {reason}", "Export again.") from error
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A session on the whole model. replay: whether the experts are given."""
+
+    replay: bool
+    session: TappedSession
+    runner: Runner
+    taps: tuple[Mapping[str, str], ...]
+
+
+class GraphInspector:
+    """See `engines.inspector.Inspector`. model: without weights; it is not changed. For one thread at a time."""
+
+    def __init__(self, model: ir.Model, backend: Backend) -> None:
+        self._model, self._backend = model, backend
+        self._whole: _Whole | None = None
+        self._layers, self._experts = anatomy.count_layers(model), anatomy.num_experts(model)
+        self._vocab_size = anatomy.vocab_size(model)
+
+    @property
+    def num_layers(self) -> int:
+        return self._layers
+
+    @property
+    def description(self) -> str:
+        return self._backend.description
+
+    def route(self, ids: Tokens, *, experts: NDArray[np.int64] | None = None, rows: int) -> Iterator[RoutedChunk]:
+        """See `engines.inspector.Inspector`. The session is kept for the next text, until a layer is asked for."""
+        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise PromptError(
+                f"token ids of shape {ids.shape} that are none, or not all in the vocabulary",
+                f"Give at least one, from 0 to {self._vocab_size - 1}.",
+            )
+        tables: dict[str, NDArray[Any]] = {taps.TOKENS: ids.astype(np.int64)}
+        if experts is not None:
+            if experts.ndim != 3 or experts.shape[:2] != (len(ids), self._layers):
+                raise ValueError(f"experts {experts.shape} of {len(ids)} positions in {self._layers} layers")
+            if experts.min() < 0 or experts.max() >= self._experts:
+                raise ValueError(f"experts {experts.min()} to {experts.max()}, and a layer has {self._experts}")
+            tables[taps.REPLAY] = experts.astype(np.int64)
+        return self._route(tables, len(ids), rows)
+
+    def layer(self, index: int) -> OneLayer:
+        """See `engines.inspector.Inspector`. Raises ValueError where there is no such layer, SessionError."""
+        if not 0 <= index < self._layers:
+            raise ValueError(f"layer {index} of {self._layers}")
+        self._whole = None
+        tapped = taps.cut_layer(self._model.clone(), index, token_rows=self._backend.token_rows)
+        return OneLayer(tapped, *_open(tapped, self._backend))
+
+    def _route(self, tables: Mapping[str, NDArray[Any]], count: int, rows: int) -> Iterator[RoutedChunk]:
+        whole = self._open_whole(taps.REPLAY in tables)
+        cache: KVCache | None = None
+        for start_at in range(0, count, rows):
+            indexes = np.arange(start_at, min(start_at + rows, count))
+            # Fed anew for each chunk: another text may have been run in between.
+            whole.session.feed(tables, [name for layer in whole.taps for name in layer.values()])
+            step = whole.runner.forward(indexes[None], cache=cache, keep=0)
+            cache, taken = step.cache, whole.session.take()
+            weights, experts = (
+                np.stack([taken[layer[name]] for layer in whole.taps], axis=1) for name in (taps.WEIGHTS, taps.EXPERTS)
+            )
+            yield RoutedChunk(start_at, step.logits[0], weights, experts.astype(np.int64))
+
+    def _open_whole(self, replay: bool) -> _Whole:
+        whole = self._whole
+        if whole is None or whole.replay is not replay:
+            self._whole = None  # before the next: two sessions would hold what they packed of the weights twice
+            tapped = taps.tap_model(self._model.clone(), replay=replay, token_rows=self._backend.token_rows)
+            whole = self._whole = _Whole(replay, *_open(tapped, self._backend), tapped.taps)
+        return whole
+
+
+class OneLayer:
+    """See `engines.inspector.LayerInspector`."""
+
+    def __init__(self, tapped: taps.Tapped, session: TappedSession, runner: Runner) -> None:
+        (self._taps,), self._types = tapped.taps, tapped.types
+        self._session, self._runner = session, runner
+
+    def run(
+        self,
+        hidden: NDArray[np.float32],
+        residual: NDArray[np.float32],
+        calls: Sequence[int] | None = None,
+        *,
+        ops: bool = False,
+    ) -> LayerOutputs:
+        """See `engines.inspector.LayerInspector`."""
+        lengths = [len(hidden)] if calls is None else list(calls)
+        if hidden.ndim != 2 or hidden.shape != residual.shape:
+            raise ValueError(f"hidden {hidden.shape} and residual {residual.shape}")
+        if not lengths or min(lengths) < 1 or sum(lengths) != len(hidden):
+            raise ValueError(f"calls of {lengths} positions, and there are {len(hidden)}")
+        shown = [taps.ATTENTION, taps.OUTPUT, taps.WEIGHTS, taps.EXPERTS, *(self._types if ops else ())]
+        tables = {taps.HIDDEN: hidden.astype(np.float32), taps.RESIDUAL: residual.astype(np.float32)}
+        # Two operations may be one value, which is fetched once.
+        self._session.feed(tables, list(dict.fromkeys(self._taps[name] for name in shown)))
+        cache: KVCache | None = None
+        begin = 0
+        for length in lengths:
+            cache = self._runner.forward(np.arange(begin, begin + length)[None], cache=cache, keep=1).cache
+            begin += length
+        taken = self._session.take()
+        return LayerOutputs(
+            attention=taken[self._taps[taps.ATTENTION]],
+            output=taken[self._taps[taps.OUTPUT]],
+            weights=taken[self._taps[taps.WEIGHTS]],
+            experts=taken[self._taps[taps.EXPERTS]].astype(np.int64),
+            ops={name: taken[self._taps[name]] for name in self._types} if ops else {},
+            types=self._types,
+        )
+
+
+def _open(tapped: taps.Tapped, backend: Backend) -> tuple[TappedSession, Runner]:
+    names = [name for layer in tapped.taps for name in layer.values()]
+    session = TappedSession(backend.session(tapped.model), tapped.tables, names)
+    return session, backend.runner(session)

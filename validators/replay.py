@@ -1,0 +1,70 @@
+"""The artifact's routing over all probes: as it chooses, and with the reference's choice put in its place.
+
+record = measure_routing(inspector, reference, router_errors, rows)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptoss_export.engines.inspector import Inspector
+from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.metrics import Accumulator
+from gptoss_export.validators.probes import Probe
+from gptoss_export.validators.reference import Reference
+from gptoss_export.validators.routing import WORST_FLIPS, Flip, RoutingLayer, RoutingRecord, choose, compare_layer
+
+COMPARED_AT_ONCE = 64
+
+
+def measure_routing(
+    inspector: Inspector,
+    reference: Reference,
+    router_errors: Sequence[float | None],
+    rows: int,
+    *,
+    progress: Progress | None = None,
+) -> RoutingRecord:
+    """Every layer's choice against the reference's, and the replay.
+
+    router_errors: a layer, see RoutingLayer. rows: logits that one call may return. Raises what the inspector raises.
+    """
+    with (progress or SilentProgress()).task("routing", total=2 * len(reference.probes)) as task:
+        taken = []
+        for probe in reference.probes:
+            taken.append(_experts(inspector, probe, rows))
+            task.advance(1)
+        accumulator = Accumulator()
+        for index in range(len(reference.probes)):
+            _replay(inspector, reference, index, rows, accumulator)
+            task.advance(1)
+        replay = accumulator.metrics()
+    layers: list[RoutingLayer] = []
+    flips: list[Flip] = []
+    for n in range(inspector.num_layers):
+        logits = [reference.trace.router_logits(n, probe) for probe in range(len(taken))]
+        layer, of_layer = compare_layer(n, logits, [experts[:, n] for experts in taken], router_errors[n])
+        layers.append(layer)
+        flips += of_layer[:WORST_FLIPS]
+    flips.sort(key=lambda flip: -flip.margin)
+    return RoutingRecord(tuple(layers), tuple(flips[:WORST_FLIPS]), replay)
+
+
+def _experts(inspector: Inspector, probe: Probe, rows: int) -> NDArray[np.int64]:
+    """The artifact's choice for each token of the probe: [n, L, K]."""
+    ids = np.array(probe.ids, np.int64)
+    return np.concatenate([chunk.experts for chunk in inspector.route(ids, rows=rows)])
+
+
+def _replay(inspector: Inspector, reference: Reference, probe: int, rows: int, accumulator: Accumulator) -> None:
+    ids = np.array(reference.probes[probe].ids, np.int64)
+    layers = range(inspector.num_layers)
+    chosen = [choose(reference.trace.router_logits(n, probe), reference.config.top_k) for n in layers]
+    for chunk in inspector.route(ids, experts=np.stack(chosen, axis=1), rows=rows):
+        for row in range(0, len(chunk.logits), COMPARED_AT_ONCE):
+            some = chunk.logits[row : row + COMPARED_AT_ONCE]
+            start = chunk.start + row
+            accumulator.add(reference.logits(probe, start, start + len(some)), some)

@@ -1,0 +1,133 @@
+"""Runs the scenarios: the engine, asked in every way of `scenarios.plan`, against the reference's logits.
+
+The runner is fed the probes' own tokens whatever it answers, so that one wrong position does not spoil the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_export.engines.runner import KVCache, Logits, Runner, Step, Tokens
+from gptoss_export.exporter.errors import SessionError
+from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.evidence import ScenarioResult
+from gptoss_export.validators.metrics import Accumulator, PositionBucket, Where, WorstPosition
+from gptoss_export.validators.reference import Reference
+from gptoss_export.validators.scenarios import Call, Case, Effort, plan
+
+LIVE_BYTES = 104 << 20
+"""Logits that one call of the engine may return: 135 positions of a vocabulary of 201088. Longer prefills
+are asked for in several pieces."""
+
+COMPARED_AT_ONCE = 64
+WORST = 10
+
+
+@dataclass(frozen=True)
+class ScenarioRun:
+    """worst: the positions with the largest KL of each scenario, by its name; by_position: of `prefill`, by probe."""
+
+    results: tuple[ScenarioResult, ...]
+    worst: Mapping[str, tuple[WorstPosition, ...]]
+    by_position: Mapping[int, tuple[PositionBucket, ...]]
+
+
+def live_rows(vocab_size: int) -> int:
+    """Rows of logits that one call may return."""
+    return max(LIVE_BYTES // (4 * vocab_size), 1)
+
+
+def run_scenarios(
+    runner: Runner,
+    reference: Reference,
+    *,
+    effort: Effort,
+    max_batch: int | None = None,
+    progress: Progress | None = None,
+) -> ScenarioRun:
+    """Every scenario that the probes are long enough for, in the order of SCENARIOS.
+
+    max_batch: rows that the engine takes. Raises SessionError when the engine answers with logits of a wrong shape, and
+    whatever the runner raises.
+    """
+    if runner.vocab_size != reference.vocab_size:
+        raise SessionError(
+            f"the engine has a vocabulary of {runner.vocab_size}, the checkpoint of {reference.vocab_size}",
+            "Export this checkpoint again: the artifact was made from another one.",
+        )
+    lengths = [len(probe.ids) for probe in reference.probes]
+    cases = plan(lengths, reference.config.sliding_window, live_rows(reference.vocab_size), effort, max_batch)
+    total = sum(len(case.calls) for scenario in cases.values() for case in scenario)
+    results: list[ScenarioResult] = []
+    worst: dict[str, tuple[WorstPosition, ...]] = {}
+    by_position: Mapping[int, tuple[PositionBucket, ...]] = {}
+    with (progress or SilentProgress()).task("parity", total=total) as task:
+        for name, scenario in cases.items():
+            accumulator = Accumulator()
+            for case in scenario:
+                _run(runner, reference, case, accumulator)
+                task.advance(len(case.calls))
+            calls = sum(len(case.calls) for case in scenario)
+            results.append(ScenarioResult(name, calls, accumulator.metrics()))
+            worst[name] = accumulator.worst(WORST)
+            if name == "prefill":
+                by_position = accumulator.by_position()
+    return ScenarioRun(tuple(results), worst, by_position)
+
+
+def _run(runner: Runner, reference: Reference, case: Case, accumulator: Accumulator) -> None:
+    """Runs one case and compares all logits that belong to tokens."""
+    cache: KVCache | None = None
+    past = [0] * len(case.rows)
+    for call in case.calls:
+        ids, mask = _batch(reference, case, call, past)
+        step = runner.forward(ids, None if mask.all() else mask, cache, call.keep)
+        cache = step.cache
+        kept = call.keep or call.width
+        _check(step, (len(case.rows), kept, reference.vocab_size))
+        for row, (probe, length) in enumerate(zip(case.rows, call.lengths, strict=True)):
+            # Column c of this call holds position c + shift of the row's probe.
+            first = call.width - length if case.side == "left" else 0
+            shift = past[row] - first
+            begin = max(first, call.width - kept)
+            rows = step.logits[row, begin - (call.width - kept) : first + length - (call.width - kept)]
+            _compare(reference, probe, begin + shift, rows, accumulator)
+            past[row] += length
+
+
+def _batch(reference: Reference, case: Case, call: Call, past: Sequence[int]) -> tuple[Tokens, Tokens]:
+    """input_ids and attention_mask [rows, width] of one call; padding is token 0, which must not be seen."""
+    ids = np.zeros((len(case.rows), call.width), np.int64)
+    mask = np.zeros_like(ids)
+    for row, (probe, length) in enumerate(zip(case.rows, call.lengths, strict=True)):
+        first = call.width - length if case.side == "left" else 0
+        ids[row, first : first + length] = reference.probes[probe].ids[past[row] : past[row] + length]
+        mask[row, first : first + length] = 1
+    return ids, mask
+
+
+def _check(step: Step, shape: tuple[int, int, int]) -> None:
+    if step.logits.shape != shape or step.logits.dtype != np.float32:
+        raise SessionError(
+            f"the engine returned logits {step.logits.dtype} {list(step.logits.shape)} where float32 "
+            f"{list(shape)} were asked for",
+            "Report this as a bug: the engine's runner breaks its protocol.",
+        )
+
+
+def _compare(reference: Reference, probe: int, position: int, candidate: Logits, accumulator: Accumulator) -> None:
+    """Compares rows of one probe from that position on, a few at a time."""
+    ids: tuple[int | None, ...] = (*reference.probes[probe].ids, None)
+    for start in range(0, len(candidate), COMPARED_AT_ONCE):
+        rows = candidate[start : start + COMPARED_AT_ONCE]
+        at = position + start
+        places = range(at, at + len(rows))
+        accumulator.add(
+            reference.logits(probe, at, at + len(rows)),
+            rows,
+            where=[Where(probe, place) for place in places],
+            following=[ids[place + 1] for place in places],
+        )
