@@ -1,6 +1,6 @@
 """Twelve faults, each as small as such a fault is: a gate catches each, the bisection names layer and operation.
 
-What each run found is printed as a matrix at the end: `pytest -s tests/runtime/test_faults.py`.
+What each run found is printed as a matrix at the end.
 """
 
 from __future__ import annotations
@@ -175,11 +175,12 @@ def yardstick(tiny: Checkpoint) -> Yardstick:
 
 
 @pytest.fixture(scope="module")
-def matrix() -> Iterator[list[str]]:
-    """The rows of what was found, printed when all faults are through."""
+def matrix(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The rows of what was found, printed when all faults are through, captured output or not."""
     rows = ["", "| fault | target | gates not kept | first | bisection |", "|---|---|---|---|---|"]
     yield rows
-    print("\n".join(rows))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n".join(rows))
 
 
 def copy_weights(checkpoint: Checkpoint, folder: Path) -> None:
