@@ -33,6 +33,7 @@ class Target:
     check: raises TargetUnavailableError for a checkpoint and settings that cannot be built here.
     own_bytes: how much the build writes of weights, beside the checkpoint's own files.
     ram_bytes: memory that the build takes beside this program's own; 0: not worth a word.
+    device_bytes: memory of the GPU that running it takes; 0: it runs on none.
     kernels: finds the installed library of its kernels, or raises TargetUnavailableError; None if it uses none.
     """
 
@@ -49,6 +50,7 @@ class Target:
     check: Callable[[Checkpoint, BuildSettings], None] = lambda checkpoint, settings: None
     own_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
     ram_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
+    device_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
     kernels: Callable[[], Path] | None = None
 
     def check_available(self) -> None:
@@ -166,6 +168,7 @@ def _trt(name: str, precision: Precision, summary: str) -> Target:
         check=partial(tensorrt.check, precision),
         own_bytes=partial(tensorrt.own_bytes, precision),
         ram_bytes=partial(tensorrt.ram_bytes, precision),
+        device_bytes=partial(tensorrt.device_bytes, precision),
     )
 
 

@@ -15,33 +15,41 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TypeVar
 
-from gptoss_export.exporter.checkpoint.config import ModelConfig, YarnConfig
-from gptoss_export.exporter.checkpoint.files import open_regular, shown
+from gptoss_export.exporter.checkpoint.config import ModelConfig
+from gptoss_export.exporter.checkpoint.config_record import config_from_record
+from gptoss_export.exporter.checkpoint.files import one_line, read_capped, shown
 from gptoss_export.exporter.checkpoint.json_reader import parse_json_object
 from gptoss_export.exporter.checkpoint.tensors import Layout
-from gptoss_export.exporter.errors import (
-    ArtifactNotFoundError,
-    CheckpointError,
-    IntegrityError,
-    ManifestError,
-)
+from gptoss_export.exporter.clock import now
+from gptoss_export.exporter.errors import ArtifactNotFoundError, IntegrityError, ManifestError
+from gptoss_export.exporter.inside import AGAIN, is_plain_path, open_inside
+from gptoss_export.exporter.origin import Origin, origin_from
 from gptoss_export.exporter.progress import Progress
-from gptoss_export.exporter.weights import FileRecord, WeightsMode, hash_files
+from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors, hash_files
 
 MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
 REPORT_NAMES = ("parity.json", "parity.md", "parity.html", "junit.xml")
-SCHEMA_VERSION = 2
+PROVENANCE_NAME = "provenance.intoto.json"
+SBOM_NAME = "sbom.cdx.json"
+# Made of the artifact when it was finished: no report speaks of them, and no hash of its content holds them.
+RECORD_NAMES = (*REPORT_NAMES, PROVENANCE_NAME, SBOM_NAME)
+SIGNATURE_NAME = "model.sig"
+SCHEMA_VERSION = 3
 MAX_MANIFEST_BYTES = 4 << 20
 
 Verdict = Literal["pass", "fail", "not executed", "not validated"]
 _VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "not executed", "not validated")
+_LONGEST_LINE = 4096
+_MOST_FILES = 512  # all are open at once while they are hashed; gpt-oss-120b has some thirty
+_NEXT_STEP = "export again; the manifest is not as it was written"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNKNOWN = Origin()
 _T = TypeVar("_T")
 
 
@@ -68,7 +76,7 @@ class Manifest:
     checkpoint by name, config.json among them. weights_dir: the checkpoint folder inside the artifact, `.`
     for the artifact's own.
     files: every file of the artifact by its path, the weights and the parity report included. created_at: ISO
-    8601, UTC.
+    8601, UTC. origin: what was asked for, and where the checkpoint came from.
     """
 
     versions: Mapping[str, str]
@@ -84,26 +92,26 @@ class Manifest:
     files: Mapping[str, FileRecord]
     parity: ParityRecord
     created_at: str
+    origin: Origin = _UNKNOWN
 
     @property
     def content_sha256(self) -> str:
-        """Hash of everything but time: without created_at, and with the report's own hash in place of its
-        files'.
+        """Hash of everything but time: without created_at and the records, of which the report is in it by a
+        hash of its own and the others follow from the manifest.
         """
         content = _to_dict(self)
         del content["created_at"]
-        content["files"] = {k: v for k, v in _records(self.files).items() if k not in REPORT_NAMES}
+        content["files"] = {k: v for k, v in _records(self.files).items() if k not in RECORD_NAMES}
         return hashlib.sha256(_canonical(content)).hexdigest()
 
     def with_parity(self, parity: ParityRecord, report_files: Mapping[str, FileRecord]) -> Manifest:
         """The same artifact after a validation, dated now."""
-        others = {name: record for name, record in self.files.items() if name not in REPORT_NAMES}
+        others = {name: record for name, record in self.files.items() if name not in RECORD_NAMES}
         return replace(self, files=others | dict(report_files), parity=parity, created_at=now())
 
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    def with_records(self, files: Mapping[str, FileRecord]) -> Manifest:
+        """The same artifact with these records beside it, or in place of those of that name."""
+        return replace(self, files=dict(self.files) | dict(files))
 
 
 def manifest_as_json(manifest: Manifest) -> dict[str, object]:
@@ -111,13 +119,18 @@ def manifest_as_json(manifest: Manifest) -> dict[str, object]:
     return _to_dict(manifest) | {"content_sha256": manifest.content_sha256}
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The one way in which this manifest is written."""
+    return _canonical(manifest_as_json(manifest))
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Writes manifest.json beside its place, flushes it to the disk and renames it: the last write of an
     artifact.
     """
     partial = folder / f".{MANIFEST_NAME}.partial"
-    with partial.open("wb") as f:
-        f.write(_canonical(manifest_as_json(manifest)))
+    with disk_errors(MANIFEST_NAME), partial.open("wb") as f:
+        f.write(manifest_bytes(manifest))
         f.flush()
         os.fsync(f.fileno())
     partial.replace(folder / MANIFEST_NAME)
@@ -133,13 +146,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise _no_artifact(folder)
     try:
-        with open_regular(path) as f:
-            data = f.read(MAX_MANIFEST_BYTES + 1)
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise _malformed(f"{path} has more than {MAX_MANIFEST_BYTES} bytes")
-        raw = parse_json_object(data, str(path), CheckpointError)
-    except CheckpointError as error:
+        with open_inside(folder, MANIFEST_NAME) as f:
+            data = read_capped(f, MAX_MANIFEST_BYTES)
+    except IntegrityError as error:
         raise _malformed(error.what) from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise _malformed(f"{path} has more than {MAX_MANIFEST_BYTES} bytes")
+    raw = parse_json_object(data, str(path), ManifestError, next_step=_NEXT_STEP)
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise ManifestError(
             f"{path} has schema version {shown(raw.get('schema_version'))}; this tool reads {SCHEMA_VERSION}",
@@ -160,27 +173,22 @@ def verify_files(
     """Hashes every file that the manifest names, but those in `skip`; raises IntegrityError for the first
     that differs.
 
-    Sizes are compared before anything is hashed, and no path may lead out of the folder by a symbolic link.
+    Sizes are compared before anything is hashed, and no path may lead through a symbolic link.
     """
     root = folder.resolve()
     paths = {name: root / name for name in manifest.files if name not in skip}
-    again = "export again, or copy the artifact again from where it was made"
-    for name, path in paths.items():
-        if not path.is_file():
-            raise IntegrityError(f"{folder / name} is missing", again)
-        if not path.resolve().is_relative_to(root):
-            raise IntegrityError(f"{folder / name} is a link that leads out of the artifact", again)
-        if path.stat().st_size != manifest.files[name].nbytes:
+    for name in paths:
+        with open_inside(folder, name) as file:
+            nbytes = os.fstat(file.fileno()).st_size
+        if nbytes != manifest.files[name].nbytes:
             expected = manifest.files[name].nbytes
-            raise IntegrityError(
-                f"{folder / name} has {path.stat().st_size} bytes, the manifest says {expected}", again
-            )
+            raise IntegrityError(f"{folder / name} has {nbytes} bytes, the manifest says {expected}", AGAIN)
     for name, record in hash_files(paths, progress, "verify").items():
         if record != manifest.files[name]:
             raise IntegrityError(
                 f"{folder / name} is not the file that was delivered: its sha256 is {record.sha256}, "
                 f"the manifest says {manifest.files[name].sha256}",
-                again,
+                AGAIN,
             )
 
 
@@ -226,11 +234,12 @@ def _to_dict(manifest: Manifest) -> dict[str, object]:
         "files": _records(manifest.files),
         "parity": asdict(manifest.parity),
         "created_at": manifest.created_at,
+        "origin": asdict(manifest.origin),
     }
 
 
 def _malformed(problem: str) -> ManifestError:
-    return ManifestError(problem, "export again; the manifest is not as it was written")
+    return ManifestError(problem, _NEXT_STEP)
 
 
 def _from_dict(raw: Mapping[str, object]) -> Manifest:
@@ -245,30 +254,31 @@ def _from_dict(raw: Mapping[str, object]) -> Manifest:
         raise _malformed(f"the verdict {verdict!r} does not agree with the report that it names")
     return Manifest(
         versions=_text_map(_get(raw, "versions", dict)),
-        target=_get(raw, "target", str),
-        engine=_get(raw, "engine", str),
-        provider=_get(raw, "provider", str),
-        notes=tuple(str(note) for note in notes),
+        target=_line(raw.get("target")),
+        engine=_line(raw.get("engine")),
+        provider=_line(raw.get("provider")),
+        notes=tuple(_line(note) for note in notes),
         layout=_checked("layout", lambda: Layout(raw.get("layout"))),
-        model=_model_config(_get(raw, "model", dict)),
+        model=_checked("model", lambda: config_from_record(_get(raw, "model", dict))),
         checkpoint=_file_records(_get(raw, "checkpoint", dict)),
         weights_mode=_checked("weights.mode", lambda: WeightsMode(weights.get("mode"))),
         weights_dir=_inside(_get(weights, "dir", str), allow_folder_itself=True),
         files=_file_records(_get(raw, "files", dict)),
         parity=ParityRecord(
             verdict,
-            None if effort is None else _get(parity, "effort", str),
+            None if effort is None else _line(effort),
             None if report is None else _digest(_get(parity, "report_sha256", str)),
-            tuple(str(gate) for gate in _get(parity, "loosened", list)),
+            tuple(_line(gate) for gate in _get(parity, "loosened", list)),
         ),
         created_at=_checked("created_at", lambda: datetime.fromisoformat(_get(raw, "created_at", str)).isoformat()),
+        origin=_checked("origin", lambda: origin_from(_get(raw, "origin", dict))),
     )
 
 
 def _get(raw: Mapping[str, object], name: str, kind: type[_T]) -> _T:
     value = raw.get(name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _malformed(f"{name} in the manifest is {shown(value)}, which is no {kind.__name__}")
+        raise _malformed(f"{one_line(name)} in the manifest is {shown(value)}, which is no {kind.__name__}")
     return value
 
 
@@ -276,15 +286,17 @@ def _checked(name: str, make: Callable[[], _T]) -> _T:
     try:
         return make()
     except (TypeError, ValueError) as error:
-        raise _malformed(f"{name} in the manifest: {error}") from error
+        raise _malformed(f"{name} in the manifest: {one_line(error)}") from error
 
 
 def _text_map(raw: Mapping[str, object]) -> dict[str, str]:
-    return {name: _get(raw, name, str) for name in raw}
+    return {_line(name): _line(_get(raw, name, str)) for name in raw}
 
 
 def _file_records(raw: Mapping[str, object]) -> dict[str, FileRecord]:
     records = {}
+    if len(raw) > _MOST_FILES:
+        raise _malformed(f"the manifest names {len(raw)} files, more than {_MOST_FILES}")
     for name in raw:
         entry = _get(raw, name, dict)
         nbytes = _get(entry, "nbytes", int)
@@ -292,6 +304,13 @@ def _file_records(raw: Mapping[str, object]) -> dict[str, FileRecord]:
             raise _malformed(f"{shown(name)} has {nbytes} bytes in the manifest")
         records[_inside(name)] = FileRecord(nbytes, _digest(_get(entry, "sha256", str)))
     return records
+
+
+def _line(text: object) -> str:
+    """Text that is shown on terminals: one line, without escapes."""
+    if not isinstance(text, str) or not text.isprintable() or len(text) > _LONGEST_LINE:
+        raise _malformed(f"{shown(text)} in the manifest is no line of text")
+    return text
 
 
 def _digest(text: str) -> str:
@@ -302,40 +321,8 @@ def _digest(text: str) -> str:
 
 def _inside(name: str, allow_folder_itself: bool = False) -> str:
     """A path as it is written in a manifest: relative, normal, and naming nothing above its folder."""
-    path = PurePosixPath(name)
-    plain = name.isprintable() and "\\" not in name and len(name) < 4096 and str(path) == name
-    if not plain or path.is_absolute() or ".." in path.parts or (name == "." and not allow_folder_itself):
+    if not is_plain_path(name) and not (name == "." and allow_folder_itself):
         raise _malformed(f"the manifest names {shown(name)}, which is no path inside of the artifact")
     if name == MANIFEST_NAME:
         raise _malformed("the manifest names itself among its files")
     return name
-
-
-def _model_config(raw: Mapping[str, object]) -> ModelConfig:
-    """ModelConfig as `asdict` wrote it; types are checked, and values only as far as a runner relies on
-    them.
-    """
-    yarn_raw = raw.get("yarn")
-    yarn = YarnConfig(**_typed_fields(YarnConfig, _get(raw, "yarn", dict))) if yarn_raw is not None else None
-    return ModelConfig(**_typed_fields(ModelConfig, raw), yarn=yarn)
-
-
-def _typed_fields(kind: type, raw: Mapping[str, object]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        name, hint = field.name, field.type
-        if name == "yarn":
-            continue
-        if hint == "float":
-            value = raw.get(name)
-            values[name] = float(_get(raw, name, int)) if isinstance(value, int) else _get(raw, name, float)
-        elif hint == "int | None" and raw.get(name) is None:
-            values[name] = None
-        elif hint == "bool":
-            values[name] = _get(raw, name, bool)
-        elif hint.startswith("tuple"):
-            item = str if name == "layer_types" else int
-            values[name] = tuple(_get({name: entry}, name, item) for entry in _get(raw, name, list))
-        else:
-            values[name] = _get(raw, name, int)
-    return values

@@ -13,15 +13,16 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
 import click
 from click.core import ParameterSource
 
-from gptoss_export.exporter.commands import artifact, bench, generate, polygraphy, report, synth
+from gptoss_export.engines.memory import out_of_memory, ran_out
+from gptoss_export.exporter.commands import artifact, bench, generate, polygraphy, report, synth, verify
 from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
 from gptoss_export.exporter.commands.gates import gate_option
@@ -33,7 +34,8 @@ from gptoss_export.exporter.commands.settings import (
     prompts_option,
     threads_option,
 )
-from gptoss_export.exporter.errors import AccessError, DiskSpaceError, GptossExportError, OutOfMemoryError
+from gptoss_export.exporter.errors import AccessError, DiskSpaceError, GptossExportError, IntegrityError
+from gptoss_export.exporter.interrupt import Terminated, prompt_end, say_goodbye
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.plan import Parity
@@ -105,7 +107,8 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @engine_options
 @allow_unexecuted_option
 @click.option("--force", is_flag=True, help="Replace an artifact that is in --output.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done, with sizes, and stop.")
+@click.option("--ignore-preflight", is_flag=True, help="Begin although disk or memory do not seem to be enough.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and what it takes, and stop.")
 @threads_option
 @json_option
 @click.option(
@@ -135,6 +138,7 @@ def cli(
     gates: Mapping[str, float],
     bundle_kernels: bool,
     force: bool,
+    ignore_preflight: bool,
     dry_run: bool,
     threads: int | None,
     as_json: bool,
@@ -165,6 +169,7 @@ def cli(
         weights=WeightsMode(weights),
         parity=cast("Parity", parity),
         force=force,
+        ignore_preflight=ignore_preflight,
         threads=threads,
         bundle_kernels=bundle_kernels,
         engine=engine_options_of(engine),
@@ -173,8 +178,10 @@ def cli(
     settings = ctx.ensure_object(Settings)
     if dry_run:
         with settings.working():
-            plan = make_plan(request)
+            plan = make_plan(replace(request, ignore_preflight=True))
         print_json(plan_as_json(plan)) if as_json else echo_plan(plan)
+        if not ignore_preflight:
+            plan.preflight.require()
         return
     with settings.working() as progress:
         results = export(request, progress)
@@ -194,6 +201,8 @@ for _command in (
     artifact.targets,
     artifact.inspect,
     artifact.validate,
+    verify.verify,
+    verify.sign,
     report.report,
     report.diff,
     polygraphy.polygraphy,
@@ -225,9 +234,8 @@ def _refuse_export_options(ctx: click.Context) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; see docs/exit-codes.md. Never raises an Exception."""
     settings = Settings()
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with warnings.catch_warnings():
+        with prompt_end(), warnings.catch_warnings():
             if "--debug" not in (sys.argv[1:] if args is None else args):
                 warnings.simplefilter("ignore")
             code = cli.main(args, "gptoss-export", standalone_mode=False, obj=settings)
@@ -241,25 +249,12 @@ def main(args: Sequence[str] | None = None) -> int:
         # Without the next line the interpreter would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was left behind", err=True)
-        return 130
-    except _Terminated:
-        click.echo("terminated: nothing was left behind", err=True)
-        return 128 + signal.SIGTERM
+    except (KeyboardInterrupt, click.Abort) as error:
+        return say_goodbye(signal.SIGINT, error)
+    except Terminated as error:
+        return say_goodbye(signal.SIGTERM, error)
     except Exception as error:
         return _report(error, settings)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class _Terminated(BaseException):
-    """SIGTERM, on its way up through the cleanups."""
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleanup short
-    raise _Terminated
 
 
 def _report(error: Exception, settings: Settings) -> int:
@@ -271,21 +266,28 @@ def _report(error: Exception, settings: Settings) -> int:
         click.echo(f"error: a bug in gptoss-export: {type(error).__name__}: {what}", err=True)
         click.echo("  next: rerun with --debug and report the traceback", err=True)
         return 1
-    click.echo(f"error: {known.what}", err=True)
-    click.echo(f"  next: {known.next_step}", err=True)
+    click.echo(f"error: {_printable(known.what)}", err=True)
+    click.echo(f"  next: {_printable(known.next_step)}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"  kept: {note}", err=True)
     return known.exit_code
+
+
+def _printable(line: str) -> str:
+    """Errors quote files that somebody else wrote; what they hold is not for the terminal to obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _known(error: Exception) -> GptossExportError | None:
     """The error as one of ours, if it is one that a user can do something about."""
     if isinstance(error, GptossExportError):
         return error
-    if isinstance(error, MemoryError):
-        return OutOfMemoryError("this machine's memory was not enough", "close other programs, or use a larger machine")
+    if ran_out(error):
+        return out_of_memory()
     if not isinstance(error, OSError):
         return None
     where = error.filename if error.filename is not None else "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskSpaceError(f"no space left on the device for {where}", "free space, or choose another --output")
     if error.errno in (
         errno.EACCES,
@@ -297,4 +299,8 @@ def _known(error: Exception) -> GptossExportError | None:
         errno.ELOOP,
     ):
         return AccessError(f"{where}: {error.strerror}", "check the path and the rights of this user on it")
+    if error.errno == errno.ENOENT and error.filename is not None:
+        return IntegrityError(f"{where} is gone, which was there before", "leave the files alone while they are used")
+    if error.errno in (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ENOTCONN):
+        return AccessError(f"{where}: {error.strerror}", "the disk or the network it is on failed; check both")
     return None

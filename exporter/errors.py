@@ -35,12 +35,16 @@
     |   +-- DiskSpaceError            45
     |   +-- TokenizerError            46  no tokenizer where text was given or asked for
     |   +-- AccessError               47  a file or folder that this user may not read or write
+    |   +-- LockedError               48  another run writes or validates this artifact
     +-- ParityError
     |   +-- ParityFailedError         50  the artifact is not the model, by the gates of its target
     |   +-- NotValidatedError         51  a verdict was asked for, and none was ever made
     |   +-- NotExecutedError          52  the engine was built and never run: only its graph was compared
     |   +-- RegressionError           53  an artifact is worse than the one before it
     |   +-- NotComparableError        54  two reports that are not about the same measurement
+    +-- ProvenanceError                   who vouches for an artifact, and when
+    |   +-- SignatureError            55  an artifact that is not signed, or not by whom it should be
+    |   +-- TimeStampError            56  SOURCE_DATE_EPOCH is no time
     +-- PromptError                   60  prompts or token ids that this model cannot take
     +-- OutOfMemoryError              61  this machine's memory was not enough
 
@@ -200,6 +204,10 @@ class AccessError(ArtifactError):
     exit_code = 47
 
 
+class LockedError(ArtifactError):
+    exit_code = 48
+
+
 class ParityError(GptossExportError):
     """The artifact is not shown to be the model."""
 
@@ -222,6 +230,18 @@ class RegressionError(ParityError):
 
 class NotComparableError(ParityError):
     exit_code = 54
+
+
+class ProvenanceError(GptossExportError):
+    """Nobody who is trusted vouches for the artifact, or no time can be written into it."""
+
+
+class SignatureError(ProvenanceError):
+    exit_code = 55
+
+
+class TimeStampError(ProvenanceError):
+    exit_code = 56
 
 
 class PromptError(GptossExportError):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gptoss_export.exporter.artifact import REPORT_NAMES, Manifest, ParityRecord
+from gptoss_export.exporter.artifact import RECORD_NAMES, Manifest, ParityRecord
 from gptoss_export.exporter.errors import PromptError
 from gptoss_export.exporter.progress import Progress
-from gptoss_export.exporter.weights import hash_files
+from gptoss_export.exporter.weights import disk_errors, hash_files
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.checkpoint.tensors import Checkpoint
@@ -62,7 +62,6 @@ def make_yardstick(
     of all types, a quick one those that a target's gates follow from.
     """
     from gptoss_export.validators.floor import measure_floor
-    from gptoss_export.validators.gates import GATES
     from gptoss_export.validators.parity import Yardstick
     from gptoss_export.validators.probes import default_probes
     from gptoss_export.validators.prompts import read_prompts
@@ -79,12 +78,18 @@ def make_yardstick(
         probes += given
     cache = default_cache()
     reference = reference_for(checkpoint, files, probes, "float32", cache=cache, progress=progress)
-    wanted = {GATES[name].floor_dtype for name in targets}
     floors: dict[str, FloorRecord] = {}
-    for dtype in _FLOORS:
-        if effort == "full" or dtype in wanted:
-            floors[dtype] = measure_floor(checkpoint, reference, dtype, files=files, cache=cache, progress=progress)
+    for dtype in floors_of(effort, targets):
+        floors[dtype] = measure_floor(checkpoint, reference, dtype, files=files, cache=cache, progress=progress)
     return Yardstick(reference, effort, floors)
+
+
+def floors_of(effort: Effort, targets: Sequence[str]) -> tuple[FloorDtype, ...]:
+    """The types whose noise floors a measurement has."""
+    from gptoss_export.validators.gates import GATES
+
+    wanted = {GATES[name].floor_dtype for name in targets}
+    return tuple(dtype for dtype in _FLOORS if effort == "full" or dtype in wanted)
 
 
 def measure(
@@ -126,7 +131,7 @@ def measure(
         engine=Engine(runs.name, runs.version, runs.provider, how, runs.not_executed_reason, runs.ran_instead),
         binding=Binding(
             checkpoint={file: record.sha256 for file, record in manifest.checkpoint.items()},
-            files={f: record.sha256 for f, record in manifest.files.items() if f not in REPORT_NAMES},
+            files={f: record.sha256 for f, record in manifest.files.items() if f not in RECORD_NAMES},
         ),
         max_batch=runs.max_batch,
         max_context=runs.max_context,
@@ -146,7 +151,8 @@ def record(report: ParityReport, manifest: Manifest, folder: Path) -> Manifest:
     """Writes the report into the folder and its verdict into the manifest."""
     from gptoss_export.validators.report import content_sha256, write_report
 
-    paths = write_report(report, folder)
+    with disk_errors("the parity report"):
+        paths = write_report(report, folder)
     record = ParityRecord(report.outcome, report.effort, content_sha256(report), report.loosened)
     return manifest.with_parity(record, hash_files({path.name: path for path in paths}))
 

@@ -14,20 +14,21 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.artifact import (
+    RECORD_NAMES,
     REPORT_NAMES,
     Manifest,
     ParityRecord,
-    now,
     read_manifest,
     verify_files,
     write_manifest,
 )
+from gptoss_export.exporter.attest import attest
+from gptoss_export.exporter.clock import now
 from gptoss_export.exporter.errors import (
     IntegrityError,
     ManifestError,
@@ -35,11 +36,14 @@ from gptoss_export.exporter.errors import (
     NotValidatedError,
     ParityFailedError,
 )
+from gptoss_export.exporter.identity import export_key, library_versions
+from gptoss_export.exporter.journal import Journal
 from gptoss_export.exporter.measure import Effort, MeasureOptions, first_failure, make_yardstick, measure, record
+from gptoss_export.exporter.origin import origin_of
 from gptoss_export.exporter.plan import ExportRequest, Parity, Plan, make_plan
 from gptoss_export.exporter.progress import Progress, SilentProgress
-from gptoss_export.exporter.staging import staging, staging_in_place
-from gptoss_export.exporter.weights import FileRecord, WeightsMode, hash_files, place_weights
+from gptoss_export.exporter.staging import in_use, journaled, journaled_in_place
+from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors, place_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -61,20 +65,6 @@ __all__ = [
     "require_pass",
     "validate_artifact",
 ]
-
-_LIBRARIES = (
-    "gptoss-export",
-    "onnx",
-    "onnx-ir",
-    "onnxruntime",
-    "onnxscript",
-    "onnxsim",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-    "torch",
-    "transformers",
-    "triton",
-)
 
 
 @dataclass(frozen=True)
@@ -102,34 +92,56 @@ class ExportResult:
         return f"{self.manifest.target}: FAIL, {first_failure(self.report)}{loosened} ({self.folder})"
 
 
+_SIDE_FILES = "side files"
+
+
+def _built(target: str) -> str:
+    return f"build {target}"
+
+
+def _measured(target: str) -> str:
+    return f"measure {target}"
+
+
 def export(request: ExportRequest, progress: Progress | None = None) -> list[ExportResult]:
     """Runs the whole pipeline; one result a target, in the order asked for.
 
-    Raises any error of `gptoss_export.exporter.errors` but ParityFailedError; whatever is raised, nothing is
-    left behind and an older artifact is still there.
+    Raises any error of `gptoss_export.exporter.errors` but ParityFailedError; whatever is raised, an older artifact is
+    still there. The next call for the same goes on with what was finished, after a kill as well; see `journaled`.
     """
     progress = progress or SilentProgress()
+    now()  # a SOURCE_DATE_EPOCH that is no time is refused before any work
     started = time.monotonic()
     plan = make_plan(request)
     progress.note(f"checkpoint: {plan.steps[0].removeprefix('read ')}")
-    stage = staging_in_place if request.weights is WeightsMode.IN_PLACE else staging
+    for problem in plan.preflight.problems:
+        progress.note(f"preflight, ignored: {problem.what}")
+    stage = journaled_in_place if request.weights is WeightsMode.IN_PLACE else journaled
     drafts: dict[str, tuple[Manifest, ParityReport | None]] = {}
-    with stage(request.output, force=request.force, protect=plan.protected) as root:
-        folders = {name: root / folder.relative_to(request.output) for name, folder in plan.folders.items()}
-        graph, records = _weights_and_graph(plan, list(folders.values()), progress)
+    with stage(
+        request.output, export_key(plan), force=request.force, protect=plan.protected, progress=progress
+    ) as journal:
+        folders = {name: journal.root / folder.relative_to(request.output) for name, folder in plan.folders.items()}
+        graph, records = _weights_and_graph(plan, folders, journal, progress)
         placed = _placed_checkpoint(plan, next(iter(folders.values())))
-        infos = {name: _build(name, graph, placed, folder, plan, progress) for name, folder in folders.items()}
+        infos = {name: _build(name, graph, placed, folder, plan, journal, progress) for name, folder in folders.items()}
         del graph
         yardstick = None
-        if request.parity != "off":
+        unmeasured = [name for name in folders if journal.result(_measured(name)) is None]
+        if request.parity != "off" and unmeasured:
             hashes = {name: record.sha256 for name, record in records.items()}
             yardstick = make_yardstick(placed, hashes, request.parity, list(folders), request.measure, progress)
         for name, folder in folders.items():
-            draft = _draft(name, infos[name], plan, folder, records)
+            if name not in unmeasured:
+                drafts[name] = _finished(folder)
+                continue
+            draft = _draft(name, infos[name], plan, folder, records, journal)
             report = measure(folder, draft, placed, yardstick, request.measure, request.threads, progress)
             if report is not None:
                 draft = record(report, draft, folder)
+            draft = attest(draft, report, folder)
             write_manifest(draft, folder)
+            journal.finish(_measured(name), journal.hash_new(folder))
             drafts[name] = (draft, report)
     seconds = time.monotonic() - started
     return [ExportResult(plan.folders[name], *draft, seconds) for name, draft in drafts.items()]
@@ -145,29 +157,31 @@ def validate_artifact(
 ) -> ExportResult:
     """Checks the hashes of a delivered artifact, measures its parity anew and records both.
 
-    The report of before is not checked, only replaced, so a validation that was cut off can be repeated.
+    The records of before are not checked, only replaced, so a validation that was cut off can be repeated.
     """
     from gptoss_export.exporter.checkpoint.open import check_scales, open_checkpoint
 
     progress, options = progress or SilentProgress(), options or MeasureOptions()
+    now()
     started = time.monotonic()
-    manifest = read_manifest(folder)
-    find_target(manifest).check_available()
-    verify_files(folder, manifest, progress, skip=REPORT_NAMES)
-    checkpoint = open_checkpoint(folder / manifest.weights_dir)
-    if checkpoint.config != manifest.model:
-        raise IntegrityError(
-            f"{folder / manifest.weights_dir} describes another network than the manifest",
-            "export again; something was added to the folder of the weights",
-        )
-    check_scales(checkpoint)
-    hashes = {name: record.sha256 for name, record in manifest.checkpoint.items()}
-    yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
-    report = measure(folder, manifest, checkpoint, yardstick, options, threads, progress)
-    assert report is not None
-    manifest = record(report, manifest, folder)
-    write_manifest(manifest, folder)
-    return ExportResult(folder, manifest, report, time.monotonic() - started)
+    with in_use(folder):
+        manifest = read_manifest(folder)
+        find_target(manifest).check_available()
+        verify_files(folder, manifest, progress, skip=RECORD_NAMES)
+        checkpoint = open_checkpoint(folder / manifest.weights_dir)
+        if checkpoint.config != manifest.model:
+            raise IntegrityError(
+                f"{folder / manifest.weights_dir} describes another network than the manifest",
+                "export again; something was added to the folder of the weights",
+            )
+        check_scales(checkpoint)
+        hashes = {name: record.sha256 for name, record in manifest.checkpoint.items()}
+        yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
+        report = measure(folder, manifest, checkpoint, yardstick, options, threads, progress)
+        assert report is not None
+        manifest = attest(record(report, manifest, folder), report, folder)
+        write_manifest(manifest, folder)
+        return ExportResult(folder, manifest, report, time.monotonic() - started)
 
 
 def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, Runner]:
@@ -213,30 +227,43 @@ def find_target(manifest: Manifest) -> Target:
     return TARGETS[manifest.target]
 
 
-def _weights_and_graph(plan: Plan, folders: list[Path], progress: Progress) -> tuple[ir.Model, dict[str, FileRecord]]:
-    """Places the weights in a thread, which the disk slows down, while this one makes the graph."""
+def _weights_and_graph(
+    plan: Plan, folders: Mapping[str, Path], journal: Journal, progress: Progress
+) -> tuple[ir.Model | None, dict[str, FileRecord]]:
+    """Places the weights in a thread, which the disk slows down, while this one makes the graph that builds need."""
     from gptoss_export.exporter.checkpoint.open import check_scales
     from gptoss_export.exporter.graph.build import build_graph
 
-    checkpoint, cancel = plan.checkpoint, threading.Event()
-    destinations = [folder / plan.weights_dir for folder in folders]
+    checkpoint, cancel, graph = plan.checkpoint, threading.Event(), None
+    destinations = [folder / plan.weights_dir for folder in folders.values()]
+    below = [folder.relative_to(journal.root) for folder in destinations]
+
+    def finish(name: str, record: FileRecord) -> None:
+        journal.finish(f"weights {name}", {(folder / name).as_posix(): record for folder in below})
+
+    known = journal.files
+    records = {name: known[file] for name in plan.checkpoint_files if (file := (below[0] / name).as_posix()) in known}
+    missing = {name: path for name, path in plan.checkpoint_files.items() if name not in records}
     with ThreadPoolExecutor(1, "weights") as pool:
-        weights = pool.submit(
-            place_weights, plan.checkpoint_files, destinations, plan.request.weights, progress, cancel
-        )
+        weights = pool.submit(place_weights, missing, destinations, plan.request.weights, progress, cancel, finish)
         try:
-            with progress.task("check scales"):
-                check_scales(checkpoint)
-            _fail_early(weights)
-            with progress.task("graph"):
-                graph = build_graph(checkpoint.config, checkpoint.layout)
-            records = weights.result()
+            if any(journal.result(_built(name)) is None for name in folders):
+                with progress.task("check scales"):
+                    check_scales(checkpoint)
+                _fail_early(weights)
+                with progress.task("graph"):
+                    graph = build_graph(checkpoint.config, checkpoint.layout)
+            records |= weights.result()
         except BaseException:
             cancel.set()
             raise
-    if plan.weights_dir != ".":
-        place_weights({path.name: path for path in checkpoint.side_files}, folders, WeightsMode.COPY)
-    return graph, records
+    if plan.weights_dir != "." and journal.result(_SIDE_FILES) is None:
+        side = place_weights(
+            {path.name: path for path in checkpoint.side_files}, list(folders.values()), WeightsMode.COPY
+        )
+        roots = [folder.relative_to(journal.root) for folder in folders.values()]
+        journal.finish(_SIDE_FILES, {(root / name).as_posix(): side[name] for root in roots for name in side})
+    return graph, {name: records[name] for name in plan.checkpoint_files}
 
 
 def _fail_early(future: Future[dict[str, FileRecord]]) -> None:
@@ -262,27 +289,45 @@ def _placed_checkpoint(plan: Plan, folder: Path) -> Checkpoint:
 
 
 def _build(
-    name: str, graph: ir.Model, checkpoint: Checkpoint, folder: Path, plan: Plan, progress: Progress
+    name: str,
+    graph: ir.Model | None,
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: Plan,
+    journal: Journal,
+    progress: Progress,
 ) -> BuildInfo:
-    from gptoss_export.engines.build_info import BuildSettings
+    from gptoss_export.engines.build_info import BuildInfo, BuildSettings
     from gptoss_export.engines.targets import TARGETS
 
-    with progress.task(f"build {name}"):
+    if (known := journal.result(_built(name))) is not None:
+        notes = known["notes"]
+        assert isinstance(notes, list | tuple)
+        return BuildInfo(str(known["engine"]), str(known["provider"]), tuple(map(str, notes)))
+    assert graph is not None
+    with progress.task(f"build {name}"), disk_errors(f"the model of {name}"):
         weights_dir = "" if plan.weights_dir == "." else plan.weights_dir
         settings = BuildSettings(plan.request.engine, progress)
         info = TARGETS[name].build(graph, checkpoint, folder, weights_dir, settings)
-        if not plan.request.bundle_kernels:
-            return info
-        return replace(info, notes=(*info.notes, TARGETS[name].bundle_kernels(folder)))
+        if plan.request.bundle_kernels:
+            info = replace(info, notes=(*info.notes, TARGETS[name].bundle_kernels(folder)))
+        journal.finish(_built(name), journal.hash_new(folder), asdict(info))
+        return info
 
 
-def _draft(name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping[str, FileRecord]) -> Manifest:
-    prefix = "" if plan.weights_dir == "." else f"{plan.weights_dir}/"
-    files = {f"{prefix}{file}": record for file, record in placed.items()}
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files |= hash_files({file: path for file, path in paths.items() if file not in files})
+def _finished(folder: Path) -> tuple[Manifest, ParityReport | None]:
+    """An artifact that an earlier run measured."""
+    from gptoss_export.validators.report import read_report
+
+    manifest = read_manifest(folder)
+    return manifest, None if manifest.parity.verdict == "not validated" else read_report(folder)
+
+
+def _draft(
+    name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping[str, FileRecord], journal: Journal
+) -> Manifest:
     return Manifest(
-        versions=_versions(),
+        versions=library_versions(),
         target=name,
         engine=info.engine,
         provider=info.provider,
@@ -292,18 +337,8 @@ def _draft(name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping
         checkpoint=placed,
         weights_mode=plan.request.weights,
         weights_dir=plan.weights_dir,
-        files=files,
+        files=journal.files_of(folder),
         parity=ParityRecord("not validated"),
         created_at=now(),
+        origin=origin_of(plan.request, name, plan.checkpoint),
     )
-
-
-def _versions() -> dict[str, str]:
-    return {name: found for name in _LIBRARIES if (found := _version(name)) != "not installed"}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

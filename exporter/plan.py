@@ -13,10 +13,12 @@ from typing import Literal
 from gptoss_export.engines.build_info import BuildSettings
 from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-from gptoss_export.exporter.errors import DiskSpaceError, WeightsModeError
+from gptoss_export.exporter.errors import WeightsModeError
+from gptoss_export.exporter.estimate import Build
 from gptoss_export.exporter.measure import MeasureOptions
+from gptoss_export.exporter.preflight import Preflight, existing, look
 from gptoss_export.exporter.progress import format_bytes
-from gptoss_export.exporter.staging import check_output
+from gptoss_export.exporter.staging import check_output, kept_bytes
 from gptoss_export.exporter.weights import WeightsMode, can_reflink, in_place_dir
 
 Parity = Literal["off", "quick", "full"]
@@ -31,8 +33,9 @@ _GRAPH_BYTES = 32 << 20  # graph, manifest and report; 1 to 3 MB in practice
 class ExportRequest:
     """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core.
 
-    bundle_kernels: whether the artifacts carry the library with the kernels that they run on. engine: of the
-    TensorRT targets. measure: how parity is measured, beside how much of it.
+    bundle_kernels: whether the artifacts carry the library with the kernels that they run on. ignore_preflight:
+    whether to begin although something does not seem to be enough. engine: of the TensorRT targets. measure: how
+    parity is measured, beside how much of it.
     """
 
     model: str
@@ -44,6 +47,7 @@ class ExportRequest:
     force: bool = False
     threads: int | None = None
     bundle_kernels: bool = False
+    ignore_preflight: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
 
@@ -53,9 +57,8 @@ class Plan:
     """What will be done.
 
     folders: where each target's artifact will lie. checkpoint_files: what makes up weights_dir, by name,
-    sources with their links resolved. copied_bytes: to be written to the disk, over all targets; free_bytes:
-    there now.
-    steps: the stages in words.
+    sources with their links resolved. copied_bytes: to be written below --output, over all targets. preflight:
+    what that and the rest takes, and what is there. steps: the stages in words.
     """
 
     request: ExportRequest
@@ -64,7 +67,7 @@ class Plan:
     weights_dir: str
     checkpoint_files: Mapping[str, Path]
     copied_bytes: int
-    free_bytes: int
+    preflight: Preflight
     steps: tuple[str, ...]
 
     @property
@@ -78,11 +81,11 @@ class Plan:
 
 
 def make_plan(request: ExportRequest) -> Plan:
-    """Opens the checkpoint's headers, asks every target whether it can work here, and checks output and disk.
+    """Opens the checkpoint's headers, asks every target whether it can work here, and checks output, disk and memory.
 
-    Raises the errors of CheckpointError, TargetUnavailableError, OutputExistsError, WeightsModeError and
-    DiskSpaceError; nothing is written but, where the disk looks too small, one anonymous file to try a
-    reflink with.
+    Raises the errors of CheckpointError, TargetUnavailableError, OutputExistsError, WeightsModeError, PromptError,
+    TokenizerError and, unless the preflight is to be ignored, DiskSpaceError and OutOfMemoryError. Nothing is written
+    but, where the disk looks too small, one anonymous file to try a reflink with.
     """
     from gptoss_export.engines.targets import TARGETS
     from gptoss_export.exporter.checkpoint.hub import resolve_model
@@ -106,25 +109,33 @@ def make_plan(request: ExportRequest) -> Plan:
     single = len(request.targets) == 1
     side_bytes = sum(path.stat().st_size for path in checkpoint.side_files)
     copied = (side_bytes + _GRAPH_BYTES) * len(request.targets)
-    if request.weights is WeightsMode.COPY:
-        copied += sum(path.stat().st_size for path in files.values()) * len(request.targets)
     own = {target.name: target.own_bytes(checkpoint, settings) for target in targets}
     copied += sum(own.values()) + sum(library.stat().st_size for library in libraries)
-    parent = next(path for path in (output, *output.absolute().parents) if path.is_dir())
-    plan = Plan(
+    parent = existing(output)
+    weights = _weight_bytes(request, files, parent, copied)
+    copied += weights
+    ram = {target.name: target.ram_bytes(checkpoint, settings) for target in targets}
+    preflight = look(
+        checkpoint,
+        request,
+        [Build(target.name, own[target.name], ram[target.name], target.kernels is not None) for target in targets],
+        output=parent,
+        written=max(copied - kept_bytes(output), 0),
+        weights=weights,
+        device=max(target.device_bytes(checkpoint, settings) for target in targets),
+    )
+    if not request.ignore_preflight:
+        preflight.require()
+    return Plan(
         request=request,
         checkpoint=checkpoint,
         folders={target: output if single else output / target for target in request.targets},
         weights_dir=weights_dir,
         checkpoint_files=files,
         copied_bytes=copied,
-        free_bytes=shutil.disk_usage(parent).free,
-        steps=_steps(
-            request, checkpoint, weights_dir, own, {t.name: t.ram_bytes(checkpoint, settings) for t in targets}
-        ),
+        preflight=preflight,
+        steps=_steps(request, checkpoint, weights_dir, own, ram),
     )
-    _check_space(plan, parent)
-    return plan
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -141,20 +152,19 @@ def _in_place(request: ExportRequest, checkpoint: Checkpoint) -> str:
             "--weights in-place has room for one target, since all would write the same names",
             "export one target at a time, or use --weights hardlink",
         )
-    files = {path.name: path for path in checkpoint.weight_files}
+    files = {p.name: p for p in (checkpoint.root / _CONFIG_NAME, *checkpoint.weight_files, *checkpoint.side_files)}
     return in_place_dir(checkpoint.root, files, request.output)
 
 
-def _check_space(plan: Plan, parent: Path) -> None:
-    if plan.copied_bytes <= plan.free_bytes:
-        return
-    largest = max(plan.checkpoint_files.values(), key=lambda path: path.stat().st_size)
-    if plan.request.weights is WeightsMode.COPY and can_reflink(largest, parent):
-        return
-    raise DiskSpaceError(
-        f"{format_bytes(plan.copied_bytes)} are needed below {parent}, {format_bytes(plan.free_bytes)} are free",
-        "free space, choose another --output, or use --weights hardlink",
-    )
+def _weight_bytes(request: ExportRequest, files: Mapping[str, Path], parent: Path, others: int) -> int:
+    """What copies of the checkpoint's files take; nothing where they would be clones that share their blocks."""
+    if request.weights is not WeightsMode.COPY:
+        return 0
+    needed = sum(path.stat().st_size for path in files.values()) * len(request.targets)
+    largest = max(files.values(), key=lambda path: path.stat().st_size)
+    if needed + others > shutil.disk_usage(parent).free and can_reflink(largest, parent):
+        return 0
+    return needed
 
 
 def _steps(

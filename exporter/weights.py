@@ -17,7 +17,7 @@ import os
 import queue
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -29,6 +29,7 @@ from gptoss_export.exporter.progress import Progress, SilentProgress
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _BUFFER_BYTES = 8 << 20
 _BUFFER_COUNT = 6
+_SYNC_BYTES = 128 << 20
 
 
 class WeightsMode(Enum):
@@ -69,13 +70,15 @@ def place_weights(
     mode: WeightsMode,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
+    finish: Callable[[str, FileRecord], None] | None = None,
 ) -> dict[str, FileRecord]:
     """Brings `files` (name in the artifact -> source, links resolved) into every folder of `destinations`,
     hashed.
 
     The destination files must not exist; after an error what was made so far is left for the caller to
     remove. Setting `cancel` from another thread ends the work within a buffer; the records are then
-    incomplete and the caller must not use them.
+    incomplete and the caller must not use them. `finish` is called, from a thread, for every file that is complete and
+    on the disk.
 
     Raises DiskSpaceError before the first byte is copied when the files cannot fit, WeightsModeError when a
     hard link cannot be made, IntegrityError when a source changes while it is read.
@@ -92,13 +95,7 @@ def place_weights(
                     _open_sink(stack, job, target)
                 else:
                     _link(job, target, mode)
-        records = _pump(jobs, "weights", progress or SilentProgress(), cancel)
-        for job in jobs:
-            for sink in job.sinks:
-                if cancel is None or not cancel.is_set():
-                    with disk_errors(job.name):
-                        os.fsync(sink)
-    return records
+        return _pump(jobs, "weights", progress or SilentProgress(), cancel, finish)
 
 
 def hash_files(
@@ -107,7 +104,7 @@ def hash_files(
     """Size and SHA-256 of every file; raises IntegrityError for one that changes while it is read."""
     with ExitStack() as stack:
         jobs = [_open_job(stack, name, path) for name, path in files.items()]
-        return _pump(jobs, label, progress or SilentProgress(), None)
+        return _pump(jobs, label, progress or SilentProgress(), None, None)
 
 
 def can_reflink(source: Path, folder: Path) -> bool:
@@ -203,7 +200,11 @@ def _link(job: _Job, target: Path, mode: WeightsMode) -> None:
 
 
 def _pump(
-    jobs: Sequence[_Job], label: str, progress: Progress, cancel: threading.Event | None
+    jobs: Sequence[_Job],
+    label: str,
+    progress: Progress,
+    cancel: threading.Event | None,
+    finish: Callable[[str, FileRecord], None] | None,
 ) -> dict[str, FileRecord]:
     """Reads every source once; its bytes go through the hasher and then to the job's sinks.
 
@@ -241,6 +242,13 @@ def _pump(
                     with disk_errors(job.name):
                         for sink in job.sinks:
                             write_all(sink, buffer[:nbytes], offset)
+                            # A process cannot be ended while it waits for the disk: never for more than this.
+                            if nbytes == 0 or (offset + nbytes) // _SYNC_BYTES > offset // _SYNC_BYTES:
+                                os.fsync(sink)
+                    if nbytes == 0 and not (cancel is not None and cancel.is_set()):
+                        _check_unchanged(job, records[job.name])
+                        if finish is not None:
+                            finish(job.name, records[job.name])
                 except BaseException as error:
                     failures.append(error)
             offset = offset + nbytes if nbytes else 0
@@ -266,7 +274,8 @@ def _pump(
     if failures:
         raise failures[0]
     for job in jobs:
-        _check_unchanged(job, records.get(job.name))
+        if job.name in records:
+            _check_unchanged(job, records[job.name])
     return records
 
 
@@ -280,10 +289,10 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     os.posix_fadvise(fd, start, offset - start, os.POSIX_FADV_DONTNEED)
 
 
-def _check_unchanged(job: _Job, record: FileRecord | None) -> None:
+def _check_unchanged(job: _Job, record: FileRecord) -> None:
     after = os.fstat(job.source)
     same = (after.st_size, after.st_mtime_ns) == (job.before.st_size, job.before.st_mtime_ns)
-    if record is not None and not (same and record.nbytes == after.st_size):
+    if not (same and record.nbytes == after.st_size):
         raise IntegrityError(
             f"{job.name} changed while it was read",
             "wait until the download or copy has ended, then run again",

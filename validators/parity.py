@@ -13,13 +13,13 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gptoss_export.engines.inspector import Inspector
 from gptoss_export.engines.runner import Runner
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.clock import now
 from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.validators.bisect import bisect
@@ -116,7 +116,7 @@ def validate(
         bisection = bisect(subject.inspector, subject.checkpoint, reference, evidence, gates, progress=progress)
     return ParityReport(
         schema_version=SCHEMA_VERSION,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=now(),
         command=tuple(command),
         versions=_versions(),
         machine=Machine(platform.platform(), _cpu(), os.cpu_count() or 1),

@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,17 +17,16 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_export.exporter.checkpoint.files import open_regular
+from gptoss_export.exporter.checkpoint.files import open_regular, read_capped
+from gptoss_export.exporter.checkpoint.json_reader import parse_json_object
 from gptoss_export.exporter.errors import CheckpointError, PromptError
+from gptoss_export.validators.npy import PREFIX_BYTES, data_offset, header_shape
 
 CLASS = "polygraphy_class"
 LARGEST_FILE = 2 << 30
 """Bytes: the logits of 1000 positions of gpt-oss and the caches beside them, in base64."""
 
-_MAGIC = b"\x93NUMPY\x01\x00"
-_HEADER = re.compile(
-    rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \(((?:[0-9]{1,12}, ?){1,8}[0-9]{0,12})\), \} *\n"
-)
+_NEXT_STEP = "Give what `polygraphy run --save-outputs` wrote with the inputs of `gptoss-export polygraphy export`."
 
 
 def encode_array(array: NDArray[Any]) -> dict[str, str]:
@@ -73,21 +71,22 @@ def read_logits(place: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     for path in files:
         try:
             with open_regular(path) as file:
-                data = file.read(LARGEST_FILE + 1)
+                data = read_capped(file, LARGEST_FILE)
             if len(data) > LARGEST_FILE:
                 raise ValueError(f"it has more than {LARGEST_FILE} bytes; save into a folder, one file an iteration")
-            yield from _results(json.loads(data))
+            yield from _results(parse_json_object(data, _no_results(path), PromptError, next_step=_NEXT_STEP))
         except CheckpointError as error:
             raise _none(path, error.what) from error
-        except (ValueError, RecursionError) as error:
-            raise _none(path, ascii(" ".join(str(error).split())[:200])[1:-1] or "it is nested too deep") from error
+        except ValueError as error:
+            raise _none(path, ascii(" ".join(str(error).split())[:200])[1:-1]) from error
 
 
 def _none(path: Path, reason: str) -> PromptError:
-    return PromptError(
-        f"{path} holds no results of Polygraphy: {reason}",
-        "Give what `polygraphy run --save-outputs` wrote with the inputs of `gptoss-export polygraphy export`.",
-    )
+    return PromptError(f"{_no_results(path)}: {reason}", _NEXT_STEP)
+
+
+def _no_results(path: Path) -> str:
+    return f"{path} holds no results of Polygraphy"
 
 
 def _results(found: object) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -117,12 +116,11 @@ def decode_array(found: object) -> NDArray[np.float32]:
     if not isinstance(text, str):
         raise ValueError("its logits are no numpy array")
     data = base64.b64decode(text, validate=True)
-    start = 10 + int.from_bytes(data[8:10], "little")
-    # numpy's own reader evaluates the header as Python; this takes what numpy writes for float32 and nothing else.
-    header = _HEADER.fullmatch(data[10:start]) if data.startswith(_MAGIC) else None
-    if header is None:
-        raise ValueError("its logits are no .npy file of float32 in C order")
-    shape = tuple(int(size) for size in header[1].replace(b",", b" ").split())
+    try:
+        start = data_offset(data)
+        shape = header_shape(data[PREFIX_BYTES:start])
+    except ValueError as error:
+        raise ValueError(f"its logits are no array of ours: {error}") from error
     if math.prod(shape) * 4 != len(data) - start:
         raise ValueError("its logits are not of the size that they say")
     return np.frombuffer(data, "<f4", offset=start).reshape(shape)

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gptoss_export.exporter.checkpoint.config import ModelConfig
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-from gptoss_export.exporter.errors import PromptError, TokenizerError
+from gptoss_export.exporter.checkpoint.tokenizer import raise_as_tokenizers, read_tokenizer
+from gptoss_export.exporter.errors import PromptError
 from gptoss_export.validators.scenarios import Effort
 from gptoss_export.validators.texts import TEXTS, long_text
 
@@ -35,6 +37,8 @@ LONGEST = 1024
 
 LONGEST_LONG = 8192
 LONG = "long"
+
+_NEXT_STEP = "Replace it by the tokenizer.json that belongs to the checkpoint, or remove it."
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,7 @@ def default_probes(
     vocabulary.
     """
     config = checkpoint.config
-    lengths = [min(n, config.max_positions, LONGEST) for n in _lengths(config.sliding_window, effort)]
-    # An absurdly short context makes several lengths the same; one probe of each is enough.
-    lengths = sorted({n for n in lengths if n > 0})
+    lengths = default_lengths(config, effort)
     if heldout_ids is not None:
         if not heldout_ids or not all(0 <= token < config.vocab_size for token in heldout_ids):
             raise PromptError(
@@ -85,6 +87,13 @@ def default_probes(
         ids = tuple(tokens[i % len(tokens)] for i in range(n))
         probes.append(Probe(f"{order[0]}-{n}", ids))
     return tuple(probes)
+
+
+def default_lengths(config: ModelConfig, effort: Effort) -> list[int]:
+    """How many tokens each of the default probes has."""
+    lengths = [min(n, config.max_positions, LONGEST) for n in _lengths(config.sliding_window, effort)]
+    # An absurdly short context makes several lengths the same; one probe of each is enough.
+    return sorted({n for n in lengths if n > 0})
 
 
 def _lengths(window: int, effort: Effort) -> tuple[int, ...]:
@@ -118,28 +127,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     tokenizer_file = next((f for f in checkpoint.side_files if f.name == "tokenizer.json"), None)
     if tokenizer_file is None:
         return None
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises bare Exception
-        raise _no_tokenizer(str(tokenizer_file), error) from error
+    return read_tokenizer(tokenizer_file, _NEXT_STEP)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's ids, special tokens such as <|start|> recognised. Raises TokenizerError when the tokenizer fails."""
     try:
         ids: list[int] = tokenizer.encode(text).ids
-    except Exception as error:  # the library raises bare Exception
-        raise _no_tokenizer("the checkpoint's tokenizer.json", error) from error
+    except BaseException as error:
+        raise_as_tokenizers(error, "the checkpoint's tokenizer.json is no tokenizer", _NEXT_STEP)
     return ids
-
-
-def _no_tokenizer(what: str, error: Exception) -> TokenizerError:
-    return TokenizerError(
-        f"{what} is no tokenizer: {' '.join(str(error).split())[:200]}",
-        "Replace it by the tokenizer.json that belongs to the checkpoint, or remove it.",
-    )
 
 
 def shipped_ids(name: str) -> list[int]:

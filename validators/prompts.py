@@ -15,12 +15,12 @@ A prompt that is too long is refused, not cut: what was measured is what is in t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gptoss_export.exporter.checkpoint.files import open_regular, shown
+from gptoss_export.exporter.checkpoint.files import open_regular, read_capped, shown
+from gptoss_export.exporter.checkpoint.json_reader import parse_json
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import CheckpointError, PromptError
 from gptoss_export.validators.probes import LONGEST, Probe, encode, load_tokenizer
@@ -37,7 +37,6 @@ MAX_LINE_BYTES = 1 << 20
 """The longest text with every character escaped has less; it bounds what parsing a line can take."""
 
 MAX_NAME = 80
-MAX_DIGITS = 20
 NEXT_STEP = 'Correct the file: plain text, or .jsonl with {"text": ...} or {"ids": [...]} in each line.'
 
 
@@ -50,7 +49,7 @@ def read_prompts(path: Path, checkpoint: Checkpoint) -> tuple[Probe, ...]:
     """
     try:
         with open_regular(path) as f:
-            data = f.read(MAX_BYTES + 1)
+            data = read_capped(f, MAX_BYTES)
     except CheckpointError as error:
         raise PromptError(error.what, "Give --prompts a text file or a .jsonl file that can be read.") from error
     except OSError as error:
@@ -112,32 +111,9 @@ class _Reader:
         return tuple(found.values())
 
     def _parse(self, number: int, line: bytes) -> object:
-        """Strict JSON: no duplicate keys, no NaN, no integers of absurd length."""
-
-        def integer(digits: str) -> int:
-            if len(digits) > MAX_DIGITS:
-                self._refuse(number, f"an integer of {len(digits)} digits")
-            return int(digits)
-
-        def table(pairs: list[tuple[str, object]]) -> dict[str, object]:
-            if len(dict(pairs)) != len(pairs):
-                self._refuse(number, "a key is given twice")
-            return dict(pairs)
-
-        def constant(name: str) -> NoReturn:
-            self._refuse(number, f"{name} is not JSON")
-
         if len(line) > MAX_LINE_BYTES:
             self._refuse(number, f"more than {MAX_LINE_BYTES} bytes in one line")
-        try:
-            text = line.decode("utf-8")
-            return json.loads(text, object_pairs_hook=table, parse_int=integer, parse_constant=constant)
-        except UnicodeDecodeError:
-            self._refuse(number, "not UTF-8")
-        except json.JSONDecodeError as error:
-            self._refuse(number, f"not JSON: {error.msg} at column {error.colno}")
-        except RecursionError:
-            self._refuse(number, "nested too deeply")
+        return parse_json(line, f"{self._path}: line {number}", PromptError, next_step=NEXT_STEP)
 
     def _probe(self, number: int, parsed: object) -> Probe:
         fields = {"ids": parsed} if isinstance(parsed, list) else parsed

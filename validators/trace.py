@@ -24,9 +24,10 @@ from typing import BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_export.exporter.checkpoint.files import open_regular
+from gptoss_export.exporter.checkpoint.files import open_regular, read_capped, shown, stamp_of
 from gptoss_export.exporter.checkpoint.json_reader import parse_json_object
 from gptoss_export.exporter.errors import AccessError, ConfigError, DiskSpaceError
+from gptoss_export.validators.npy import PREFIX_BYTES, data_offset, header_shape
 
 Rows = NDArray[np.float32]
 
@@ -166,29 +167,36 @@ def _open_array(path: Path, dims: tuple[int, ...]) -> tuple[BinaryIO, int]:
     """The open file and where its data begin."""
     file = open_regular(path)
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{path.name} is no .npy file of version 1.0")
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        header = file.tell()
-        nbytes = file.seek(0, 2) - header
+        start = data_offset(file.read(PREFIX_BYTES))
+        found = header_shape(file.read(start - PREFIX_BYTES))
+        nbytes = stamp_of(file).nbytes - start
+        if found != dims or nbytes != math.prod(dims) * _STORED.itemsize:
+            raise ValueError(f"{list(found)} in {nbytes} bytes, expected {list(dims)}")
+    except ValueError as error:
+        file.close()
+        raise ValueError(f"{path.name}: {error}") from error
     except BaseException:
         file.close()
         raise
-    if (found, fortran, dtype) != (dims, False, _STORED) or nbytes != math.prod(dims) * _STORED.itemsize:
-        file.close()
-        raise ValueError(f"{path.name} holds {dtype} {list(found)} in {nbytes} bytes, expected float32 {list(dims)}")
-    return file, header
+    return file, start
 
 
 def _read_peaks(path: Path) -> dict[str, tuple[Peak, ...]]:
     with open_regular(path) as file:
-        raw = parse_json_object(file.read(MAX_PEAKS_BYTES), path.name, ConfigError)
+        raw = parse_json_object(read_capped(file, MAX_PEAKS_BYTES), path.name, ConfigError)
     peaks: dict[str, tuple[Peak, ...]] = {}
     for name, row in raw.items():
-        if not isinstance(row, list):
-            raise ValueError(f"{path.name}: {name} is no list")
-        peaks[name] = tuple(Peak(float(largest), int(non_finite)) for largest, non_finite in row)
+        if not isinstance(row, list) or not all(_is_peak(pair) for pair in row):
+            raise ValueError(f"{path.name}: {shown(name)} is no list of peaks")
+        peaks[name] = tuple(Peak(float(largest), non_finite) for largest, non_finite in row)
     return peaks
+
+
+def _is_peak(pair: object) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2 or any(isinstance(value, bool) for value in pair):
+        return False
+    largest, non_finite = pair
+    return isinstance(largest, int | float) and largest >= 0 and isinstance(non_finite, int) and non_finite >= 0
 
 
 @contextmanager

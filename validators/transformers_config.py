@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.checkpoint.config import ModelConfig
+from gptoss_export.exporter.checkpoint.files import one_line
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import ConfigError
 
@@ -34,7 +35,7 @@ def transformers_config(checkpoint: Checkpoint) -> GptOssConfig:
     try:
         return GptOssConfig.from_dict(raw, attn_implementation="eager", experts_implementation="eager")
     except Exception as error:  # its strict dataclasses raise types of their own
-        line = " ".join(str(error).split())
+        line = one_line(error, 400)
         raise ConfigError(
             f"transformers refuses this config.json: {line}",
             "Compare config.json with the one that the model was released with.",

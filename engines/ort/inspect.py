@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gptoss_export.engines.external_data import read_model
 from gptoss_export.engines.inspector import LayerOutputs, RoutedChunk
 from gptoss_export.engines.ort import anatomy, taps
 from gptoss_export.engines.ort.run import runner_on
@@ -81,15 +82,18 @@ def open_ort_inspector(folder: Path, provider: str, threads: int | None, *, kern
 
 
 def load_graph(folder: Path) -> ir.Model:
-    """`folder`/model.onnx without its weights. Raises SessionError where it cannot be read."""
+    """`folder`/model.onnx without its weights. Raises what `read_model` raises, SessionError for what is no graph."""
+    import onnx
     import onnx_ir as ir
 
-    path = folder / MODEL_FILE
+    data = read_model(folder)
     try:
-        return ir.load(path)
-    except Exception as error:  # OSError, and types of protobuf and onnx_ir
+        model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(data))
+        ir.external_data.set_base_dir(model.graph, folder)
+        return model
+    except Exception as error:  # types of onnx_ir, and those of Python that it lets through
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SessionError(f"{path} cannot be read as ONNX: {reason}", "Export again.") from error
+        raise SessionError(f"{folder / MODEL_FILE} cannot be read as ONNX: {reason}", "Export again.") from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_export.engines.external_data import read_model
+from gptoss_export.engines.memory import out_of_memory, ran_out
 from gptoss_export.engines.ort.library import kernel_library, kernels_work
 from gptoss_export.engines.runner import Tokens
 from gptoss_export.exporter.errors import PromptError, SessionError, TargetUnavailableError
@@ -43,8 +45,8 @@ def open_session(folder: Path, provider: str, threads: int | None, *, kernels: b
 def start(folder: Path, provider: str, threads: int | None, *, kernels: bool, model: bytes | None = None) -> Any:
     """An InferenceSession of `folder`/model.onnx, or of a model that reads the same weights.
 
-    Raises SessionError when ONNX Runtime refuses the model, TargetUnavailableError when it would run on another
-    provider than the one asked for (it falls back silently).
+    Raises SessionError when ONNX Runtime refuses the model, OutOfMemoryError, TargetUnavailableError when it would run
+    on another provider than the one asked for (it falls back silently).
     """
     import onnxruntime as ort
 
@@ -54,14 +56,14 @@ def start(folder: Path, provider: str, threads: int | None, *, kernels: bool, mo
     if kernels and kernels_work() is None:
         options.register_custom_ops_library(str(kernel_library()))
     path = folder / MODEL_FILE
-    if model is not None:
-        options.add_session_config_entry(FOLDER_OPTION, str(folder))
+    checked = read_model(folder) if model is None else model
+    options.add_session_config_entry(FOLDER_OPTION, str(folder))
     try:
         # Folding would turn the stored bfloat16 into float32 and transposed copies of most of the model.
-        session = ort.InferenceSession(
-            path if model is None else model, options, providers=[provider], disabled_optimizers=["ConstantFolding"]
-        )
+        session = ort.InferenceSession(checked, options, providers=[provider], disabled_optimizers=["ConstantFolding"])
     except Exception as error:  # onnxruntime raises its own unexported types
+        if ran_out(error):
+            raise out_of_memory() from error
         raise SessionError(
             f"onnxruntime {ort.__version__} refuses {path}: {str(error).splitlines()[0]}",
             "Export again with this version of onnxruntime, or install the one that the manifest names.",
@@ -75,20 +77,25 @@ def start(folder: Path, provider: str, threads: int | None, *, kernels: bool, mo
 
 
 def describe(session: Any) -> Session:
-    """What can be read off an InferenceSession."""
+    """What can be read off an InferenceSession. Raises SessionError for a model that no target of ours has made."""
     inputs = {i.name: i for i in session.get_inputs()}
     cache_inputs = tuple(name for name in inputs if name.startswith("past_key_values."))
     outputs = session.get_outputs()
-    shape = inputs[cache_inputs[0]].shape
-    return Session(
-        session=session,
-        cache_inputs=cache_inputs,
-        outputs=tuple(o.name for o in outputs),
-        kv_heads=int(shape[1]),
-        head_dim=int(shape[3]),
-        vocab_size=int(outputs[0].shape[2]),
-        metadata=dict(session.get_modelmeta().custom_metadata_map),
-    )
+    try:
+        shape = inputs[cache_inputs[0]].shape
+        return Session(
+            session=session,
+            cache_inputs=cache_inputs,
+            outputs=tuple(o.name for o in outputs),
+            kv_heads=int(shape[1]),
+            head_dim=int(shape[3]),
+            vocab_size=int(outputs[0].shape[2]),
+            metadata=dict(session.get_modelmeta().custom_metadata_map),
+        )
+    except (IndexError, TypeError, ValueError) as error:
+        raise SessionError(
+            f"{MODEL_FILE} has not the inputs and outputs of a gpt-oss that gptoss-export wrote", "Export again."
+        ) from error
 
 
 def check_call(input_ids: Tokens, mask: Tokens, keep: int, vocab_size: int) -> None:

@@ -22,16 +22,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from gptoss_export.engines.memory import machine_memory, oom_kills, rooms
+from gptoss_export.engines.sandbox import child_environment
 from gptoss_export.engines.tensorrt.flavor import Flavor, FlavorName, find_flavor
 from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter import errors
-from gptoss_export.exporter.errors import EngineBuildError, GptossExportError
-from gptoss_export.exporter.progress import Progress, SilentProgress, Task, Unit
+from gptoss_export.exporter.errors import EngineBuildError, GptossExportError, OutOfMemoryError
+from gptoss_export.exporter.progress import Progress, SilentProgress, Task, Unit, format_bytes
 
 if TYPE_CHECKING:
     from gptoss_export.engines.tensorrt.kernels.launch import MoEShape
 
 CHILD = "gptoss_export.engines.tensorrt.build_child"
+
+MOST_BYTES = 1 << 40
+"""Of an engine of which nothing more is known."""
+
+_DRIVER = Path("/proc/driver/nvidia")
 
 _LOG_LINES = 200
 _LINE_BYTES = 4096
@@ -64,13 +71,18 @@ def build_engine(
     options: EngineOptions,
     *,
     plugin_shape: MoEShape | None = None,
+    ram_bytes: int | None = None,
+    most_bytes: int = MOST_BYTES,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Builds `engine` from the graph and external weights of `onnx`.
 
     plugin_shape: what the experts' kernels are compiled for; needed where options.plugin is set and the graph has
-    experts. Raises TargetUnavailableError where no TensorRT can build here, EngineBuildError where TensorRT refuses
-    the graph or its process dies, OutOfMemoryError, DiskSpaceError.
+    experts. ram_bytes: what the build takes, for the message when it is not there. most_bytes: what no file that it
+    writes may exceed. The process has no network and low limits, see `engines.sandbox`.
+
+    Raises TargetUnavailableError where no TensorRT can build here, EngineBuildError where TensorRT refuses the graph
+    or its process dies, OutOfMemoryError, DiskSpaceError.
     """
     flavor = find_flavor(options.flavor)
     partial = engine.with_name(f".{engine.name}.partial-{secrets.token_hex(4)}")
@@ -81,9 +93,12 @@ def build_engine(
         "flavor": asdict(flavor),
         "options": asdict(options),
         "shape": asdict(plugin_shape) if plugin_shape is not None else None,
+        "ram_bytes": ram_bytes,
+        # What CUDA reserves on a host with a GPU is more than any limit on data that would help.
+        "limits": {"file_bytes": most_bytes, "memory_bytes": None if _DRIVER.exists() else machine_memory()},
     }
     try:
-        with flavor.library_path() as environment, _child(environment) as child:
+        with flavor.library_path() as environment, _child(child_environment(environment)) as child:
             result = _follow(child, request, flavor, progress or SilentProgress())
         partial.replace(engine)
     finally:
@@ -136,7 +151,7 @@ def _child(environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
 def _follow(child: subprocess.Popen[bytes], request: dict[str, Any], flavor: Flavor, progress: Progress) -> BuildResult:
     """Hands over the request and turns what comes back into progress, a result or an error."""
     assert child.stdin is not None and child.stdout is not None and child.stderr is not None
-    log = _Log(child.stderr)
+    log, kills = _Log(child.stderr), oom_kills()
     with suppress(BrokenPipeError):  # it died at once: its log says why
         child.stdin.write(json.dumps(request).encode())
         child.stdin.close()
@@ -152,12 +167,16 @@ def _follow(child: subprocess.Popen[bytes], request: dict[str, Any], flavor: Fla
                 stack.close()
                 unit: Unit = "bytes" if last["name"] == "write" else "steps"
                 task = stack.enter_context(progress.task(f"engine: {last['name']}", unit=unit))
+            elif last["event"] == "note":
+                progress.note(last["text"])
             elif last["event"] == "written" and task is not None:
                 task.advance(last["nbytes"])
     code = child.wait()
     log.wait()
     if last.get("event") == "error":
         raise _error(last)
+    if code == -signal.SIGKILL:
+        raise _killed(flavor, log, request["ram_bytes"], by_kernel=oom_kills() > kills)
     if last.get("event") != "result" or code != 0:
         raise _death(code, flavor, log)
     del last["event"]
@@ -170,12 +189,18 @@ def _error(event: dict[str, Any]) -> GptossExportError:
     return kind(event["what"], event["next_step"])
 
 
+def _killed(flavor: Flavor, log: _Log, ram_bytes: int | None, *, by_kernel: bool) -> OutOfMemoryError:
+    who = "by the kernel for its memory" if by_kernel else "most likely for its memory"
+    need = f"; it takes about {format_bytes(ram_bytes)}" if ram_bytes else ""
+    left = min((room.nbytes for room in rooms() if not room.address_space), default=None)
+    free = f"; {format_bytes(left)} are free now" if left is not None else ""
+    return OutOfMemoryError(
+        f"the process that builds with {flavor.title} was killed, {who}{need}{free}: {log.reason()}",
+        "close other programs or use a machine with more memory; --engine-weights external needs least",
+    )
+
+
 def _death(code: int, flavor: Flavor, log: _Log) -> EngineBuildError:
-    if code == -signal.SIGKILL:
-        return EngineBuildError(
-            f"the process that builds with {flavor.title} was killed, most likely for its memory: {log.reason()}",
-            "close other programs or use a machine with more memory; external engine weights need least",
-        )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} and no result"
     return EngineBuildError(
         f"the process that builds with {flavor.title} {how}: {log.reason()}",

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoss_export.engines.sandbox import Limits, confine
 from gptoss_export.engines.tensorrt import plugin
 from gptoss_export.engines.tensorrt.flavor import Flavor, gpu_problem
 from gptoss_export.engines.tensorrt.network import (
@@ -40,12 +42,14 @@ from gptoss_export.exporter.errors import (
     OutOfMemoryError,
     TargetUnavailableError,
 )
+from gptoss_export.exporter.progress import format_bytes
 
 if TYPE_CHECKING:
     from gptoss_export.engines.tensorrt.kernels.launch import MoEShape
 
 Send = Callable[[dict[str, Any]], None]
 
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc", re.IGNORECASE)
 _PIECE = 64 << 20
 _LONGEST_REASON = 600
 _PR_SET_PDEATHSIG = 1
@@ -156,7 +160,9 @@ def build(
         sha256 = writer.close()
         del parser
         if not built or not writer.nbytes:
-            raise EngineBuildError(f"{flavor.title} does not build the graph: {log.last()}", REFUSED)
+            if _OUT_OF_MEMORY.search(reason := log.last()):
+                raise MemoryError(reason)
+            raise EngineBuildError(f"{flavor.title} does not build the graph: {reason}", REFUSED)
     finally:
         if kernels is not None:
             kernels.require_no_failures()  # it says more than TensorRT does, and TensorRT may not have noticed
@@ -235,13 +241,22 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _as_known(error: Exception) -> GptossExportError:
+def _as_known(error: Exception, ram_bytes: int | None, limits: Limits) -> GptossExportError:
     if isinstance(error, GptossExportError):
         return error
-    if isinstance(error, MemoryError):
-        return OutOfMemoryError("building the engine took more memory than there is", "close other programs")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        need = f"about {format_bytes(ram_bytes)}" if ram_bytes else "more memory than there is"
+        return OutOfMemoryError(
+            f"building the engine takes {need}, and no more was to be had: {one_line(str(error)) or 'no memory'}",
+            "close other programs or use a machine with more memory; --engine-weights external needs least",
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return DiskSpaceError("no space left on the device for the engine", "free space, or choose another --output")
+    if number == errno.EFBIG:
+        return EngineBuildError(
+            f"the engine grew beyond {format_bytes(limits.file_bytes)}, which none of this checkpoint does", REFUSED
+        )
     return EngineBuildError(f"the engine's build failed: {type(error).__name__}: {error}", REFUSED)
 
 
@@ -251,11 +266,14 @@ def main() -> int:
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     _die_with(request["parent"])
+    limits = Limits(**request["limits"])
 
     def send(event: dict[str, Any]) -> None:
         channel.write(json.dumps(event) + "\n")
         channel.flush()
 
+    for problem in confine(limits):
+        send({"event": "note", "text": problem})
     try:
         shape = None
         if request["shape"] is not None:
@@ -268,7 +286,7 @@ def main() -> int:
             Path(request["onnx"]), Path(request["engine"]), Flavor(**request["flavor"]), options, shape, send
         )
     except Exception as error:
-        known = _as_known(error)
+        known = _as_known(error, request["ram_bytes"], limits)
         send({"event": "error", "class": type(known).__name__, "what": known.what, "next_step": known.next_step})
         return 1
     send({"event": "result"} | result)

@@ -20,8 +20,8 @@ from gptoss_export.engines.tensorrt.cache import slots_for
 from gptoss_export.engines.tensorrt.cuda import ALIGNMENT, DeviceMemory, Stream, aligned
 from gptoss_export.engines.tensorrt.metadata import ENGINE_NAME, EngineMetadata
 from gptoss_export.engines.tensorrt.preflight import rebuild_command
-from gptoss_export.exporter.checkpoint.files import open_regular
 from gptoss_export.exporter.errors import EngineMismatchError, SessionError
+from gptoss_export.exporter.inside import open_inside
 
 DECODE, PREFILL = 0, 1
 """The engine's profiles: one new column a row, or up to max_prompt."""
@@ -134,7 +134,7 @@ def load_engine(trt: Any, folder: Path, metadata: EngineMetadata) -> LoadedEngin
     logger = _logger(trt, log)
     check_plugins = _register_plugin(trt, logger) if metadata.plugin else _nothing
     runtime = trt.Runtime(logger)
-    with open_regular(folder / ENGINE_NAME) as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+    with open_inside(folder, ENGINE_NAME) as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
         check_plugins()
         if engine is None:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptoss_export.engines.ort.session import FOLDER_OPTION, MODEL_FILE, check_call, foreign_cache
+from gptoss_export.engines.external_data import check_weight_file
+from gptoss_export.engines.ort.inspect import load_graph
+from gptoss_export.engines.ort.session import FOLDER_OPTION, check_call, foreign_cache
 from gptoss_export.engines.runner import KVCache, Logits, Step, Tokens
 from gptoss_export.engines.tensorrt.cache import EngineCall, Limits, SlotState, plan_call, run_calls
 from gptoss_export.engines.tensorrt.emulate import emulate
 from gptoss_export.engines.tensorrt.metadata import EngineInput, EngineMetadata, read_metadata
-from gptoss_export.exporter.checkpoint.files import open_regular
-from gptoss_export.exporter.errors import SessionError
+from gptoss_export.exporter.errors import ManifestError, SessionError
+from gptoss_export.exporter.inside import open_inside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -102,11 +104,9 @@ _STORED = {"BF16": (np.uint16, 16), "U8": (np.int8, 3)}
 
 
 def open_graph_runner(folder: Path, threads: int | None = None) -> GraphRunner:
-    """A runner of `folder`/model.onnx. Raises SessionError, and what reading engine.json raises."""
-    import onnx_ir as ir
-
+    """A runner of `folder`/model.onnx. Raises SessionError, and what reading model.onnx and engine.json raises."""
     metadata = read_metadata(folder)
-    session = start(ir.load(folder / MODEL_FILE), folder, threads)
+    session = start(load_graph(folder), folder, threads)
     return GraphRunner(session, external_weights(session, folder, metadata), metadata.limits)
 
 
@@ -140,7 +140,10 @@ def _weight(folder: Path, entry: EngineInput) -> Any:
     """An external weight as the bytes of its file, mapped."""
     import onnxruntime as ort
 
+    if entry.dtype not in _STORED:
+        raise ManifestError(f"engine.json: an engine input of the type {entry.dtype}, which none has", "export again")
     dtype, onnx_type = _STORED[entry.dtype]
-    with open_regular(folder / entry.file) as f:
+    check_weight_file(folder, entry.file, entry.offset + entry.nbytes)
+    with open_inside(folder, entry.file) as f:
         mapped = np.memmap(f, dtype=dtype, mode="c", offset=entry.offset, shape=entry.shape)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(mapped, onnx_type)

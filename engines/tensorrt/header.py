@@ -18,6 +18,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptoss_export.exporter.checkpoint.files import open_regular, stamp_of
 from gptoss_export.exporter.errors import EngineMismatchError
 
 MAGIC = b"vtrt"
@@ -52,16 +53,16 @@ class EngineHeader:
 def read_header(path: Path) -> EngineHeader:
     """The header of an RTX engine.
 
-    Raises EngineMismatchError for a file that is none, or one whose size is not the one that its header says.
+    Raises EngineMismatchError for a file that is none, or one whose size is not the one that its header says, and what
+    `open_regular` raises.
     """
-    with path.open("rb") as file:
-        data = file.read(_LAYOUT.size)
+    with open_regular(path) as file:
+        data, actual = file.read(_LAYOUT.size), stamp_of(file).nbytes
     if len(data) < _LAYOUT.size:
         raise _mismatch(path, f"has {len(data)} bytes, less than an engine's header")
     magic, nbytes, version, again, mask = _LAYOUT.unpack(data)
     if magic != MAGIC or again != MAGIC:
         raise _mismatch(path, f"is no engine of TensorRT for RTX: it begins with {magic!r}")
-    actual = path.stat().st_size
     if nbytes != actual:
         raise _mismatch(path, f"has {actual} bytes, its header says {nbytes}")
     return EngineHeader(magic, tuple(version), mask, nbytes)

@@ -13,15 +13,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from gptoss_export.engines.tensorrt.cache import Limits
 from gptoss_export.engines.tensorrt.flavor import FlavorName
 from gptoss_export.engines.tensorrt.options import EngineWeights
-from gptoss_export.exporter.checkpoint.files import open_regular, shown
+from gptoss_export.exporter.checkpoint.files import read_capped, shown
 from gptoss_export.exporter.checkpoint.json_reader import parse_json_object
-from gptoss_export.exporter.errors import CheckpointError, IntegrityError, ManifestError
+from gptoss_export.exporter.errors import ManifestError
+from gptoss_export.exporter.inside import is_plain_path, open_inside
 
 ENGINE_NAME = "engine.plan"
 METADATA_NAME = "engine.json"
@@ -39,6 +40,7 @@ _ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _CAPABILITY = re.compile(r"([1-9][0-9]?)\.([0-9])(\+?)")
 _VERSION = re.compile(r"[0-9]+(\.[0-9A-Za-z]+){1,5}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NEXT_STEP = "export again; the file is not as it was written"
 _T = TypeVar("_T")
 
 
@@ -109,20 +111,15 @@ def write_metadata(metadata: EngineMetadata, folder: Path) -> Path:
 def read_metadata(folder: Path) -> EngineMetadata:
     """The metadata of the engine in `folder`, every field checked.
 
-    Raises IntegrityError when there is no such file, ManifestError for one that is malformed, of another schema, or
-    that names files outside of the folder.
+    Raises IntegrityError when there is no such regular file, ManifestError for one that is malformed, of another
+    schema, or that names files outside of the folder.
     """
     path = folder / METADATA_NAME
-    if not path.is_file():
-        raise IntegrityError(f"{path} is missing", "export again, or copy the artifact again from where it was made")
-    try:
-        with open_regular(path) as f:
-            data = f.read(MAX_METADATA_BYTES + 1)
-        if len(data) > MAX_METADATA_BYTES:
-            raise _malformed(f"it has more than {MAX_METADATA_BYTES} bytes")
-        raw = parse_json_object(data, METADATA_NAME, CheckpointError)
-    except CheckpointError as error:
-        raise _malformed(error.what) from error
+    with open_inside(folder, METADATA_NAME) as f:
+        data = read_capped(f, MAX_METADATA_BYTES)
+    if len(data) > MAX_METADATA_BYTES:
+        raise _malformed(f"it has more than {MAX_METADATA_BYTES} bytes")
+    raw = parse_json_object(data, METADATA_NAME, ManifestError, next_step=_NEXT_STEP)
     if raw.get("schema_version") != SCHEMA_VERSION or isinstance(raw.get("schema_version"), bool):
         raise ManifestError(
             f"{path} has schema version {shown(raw.get('schema_version'))}; this tool reads {SCHEMA_VERSION}",
@@ -193,9 +190,7 @@ def _plain(name: str) -> str:
 
 def _inside(name: str) -> str:
     """A path below the artifact's folder, written the one way that names it."""
-    path = PurePosixPath(name)
-    plain = name.isprintable() and "\\" not in name and 0 < len(name) < 4096 and str(path) == name
-    if not plain or path.is_absolute() or ".." in path.parts or name == ".":
+    if not is_plain_path(name):
         raise _malformed(f"{shown(name)} is no path inside of the artifact")
     return name
 
@@ -229,4 +224,4 @@ def _matching(text: str, pattern: re.Pattern[str], name: str) -> str:
 
 
 def _malformed(problem: str) -> ManifestError:
-    return ManifestError(f"{METADATA_NAME}: {problem}", "export again; the file is not as it was written")
+    return ManifestError(f"{METADATA_NAME}: {problem}", _NEXT_STEP)

@@ -13,11 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gptoss_export.engines.tensorrt.cuda import Device, DeviceInfo
+from gptoss_export.engines.tensorrt.cache import slots_for
+from gptoss_export.engines.tensorrt.cuda import Device, DeviceInfo, device_missing
 from gptoss_export.engines.tensorrt.flavor import find_flavor
 from gptoss_export.engines.tensorrt.metadata import ENGINE_NAME, METADATA_NAME, EngineMetadata
 from gptoss_export.engines.tensorrt.options import EngineOptions
+from gptoss_export.engines.tensorrt.precision import Precision
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import EngineMismatchError, IntegrityError, OutOfMemoryError
 from gptoss_export.exporter.weights import hash_files
 
@@ -95,9 +98,35 @@ def check_memory(need: int, device: Device) -> None:
         )
 
 
+def device_room() -> tuple[str, int] | None:
+    """The name of the GPU that engines would run on, and its free bytes; None where there is none."""
+    if device_missing() is not None:
+        return None
+    device = Device()
+    try:
+        return device.info.name, device.free_bytes()
+    finally:
+        device.close()
+
+
 def stored_bytes(metadata: EngineMetadata, folder: Path) -> int:
     """Device memory for the weights alone: those that are inputs, and the engine's own."""
     return metadata.input_bytes + (folder / ENGINE_NAME).stat().st_size
+
+
+def device_bytes(precision: Precision, checkpoint: Checkpoint, options: EngineOptions) -> int:
+    """Device memory that running an engine takes which is not built yet: weights, one row's cache, activations."""
+    from gptoss_export.engines.tensorrt.dense import dense_tensors
+
+    config = checkpoint.config
+    dense = sum(ref.nbytes for ref in dense_tensors(checkpoint))
+    wider = dense if precision is Precision.FP32 else 0
+    item = 4 if precision is Precision.FP32 else 2
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots_for(options.max_context) * item
+    columns = options.max_batch * options.max_prompt
+    states = columns * (8 * config.hidden_size + 3 * config.top_k * config.intermediate_size)
+    logits = options.max_logits * config.vocab_size
+    return checkpoint.nbytes + wider + cache + 4 * (states + logits)
 
 
 def rebuild_command(metadata: EngineMetadata) -> str:

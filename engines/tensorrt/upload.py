@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptoss_export.engines.external_data import check_weight_file
 from gptoss_export.engines.tensorrt.cuda import Device, DeviceMemory
 from gptoss_export.engines.tensorrt.metadata import EngineInput, EngineMetadata
-from gptoss_export.exporter.checkpoint.files import open_regular
 from gptoss_export.exporter.errors import IntegrityError
+from gptoss_export.exporter.inside import open_inside
 
 CHUNK_BYTES = 16 << 20
 """Of each of two buffers: one is read into while the other is copied."""
@@ -18,14 +19,16 @@ CHUNK_BYTES = 16 << 20
 def upload_weights(folder: Path, metadata: EngineMetadata, device: Device) -> dict[str, DeviceMemory]:
     """Device memory with the bytes of every external weight, by the engine's names.
 
-    Raises OutOfMemoryError, IntegrityError for a file that ends too early, UnsafeFileError for what is no file.
+    Raises OutOfMemoryError, IntegrityError for a file that ends too early, or that is not the artifact's.
     """
     weights = {name: device.allocate(entry.nbytes) for name, entry in metadata.inputs.items()}
     buffers = [(device.pin(CHUNK_BYTES), device.stream()) for _ in range(2)] if weights else []
     turn = 0
     try:
         for file, names in _by_file(metadata).items():
-            with open_regular(folder / file) as source:
+            last = metadata.inputs[names[-1]]
+            check_weight_file(folder, file, last.offset + last.nbytes)
+            with open_inside(folder, file) as source:
                 for name in names:
                     for done, offset, nbytes in _chunks(metadata.inputs[name]):
                         buffer, stream = buffers[turn]

@@ -6,12 +6,29 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from gptoss_export.exporter.errors import CheckpointNotFoundError, UnsafeFileError
 
 _SHOWN = 120
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Tells the file that was checked from another one under its name, or the same one written to since."""
+
+    device: int
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+
+def stamp_of(file: BinaryIO) -> Stamp:
+    """The stamp of an open file."""
+    status = os.fstat(file.fileno())
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def shown(text: object) -> str:
@@ -25,6 +42,12 @@ def shown(text: object) -> str:
         return "an object"
     line = repr(text)
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """What a library says of a hostile file, fit for one line of a terminal."""
+    line = " ".join(str(text).split())[:most]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -48,6 +71,14 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_capped(file: BinaryIO, most: int) -> bytes:
+    """The whole file if it has at most `most` bytes; of a larger one `most + 1`, for the caller to refuse.
+
+    A plain read(most + 1) would take that much memory first, whatever the file holds.
+    """
+    return file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
 
 
 def regular_size(path: Path) -> int:

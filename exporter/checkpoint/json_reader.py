@@ -1,4 +1,4 @@
-"""JSON from an untrusted file: one object, bounded in size and depth, with one meaning only."""
+"""JSON from an untrusted file: bounded in size and depth, with one meaning only. Everything of ours reads it here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gptoss_export.exporter.checkpoint.files import open_regular, shown
-from gptoss_export.exporter.errors import CheckpointError, ConfigError
+from gptoss_export.exporter.checkpoint.files import open_regular, read_capped, shown
+from gptoss_export.exporter.errors import CheckpointError, ConfigError, GptossExportError
 
 # A hundred megabytes of `[],[],` would become gigabytes of lists; no file of ours holds a million values.
 MAX_VALUES = 1_000_000
 MAX_DIGITS = 20
+MAX_FLOAT_CHARACTERS = 400
 
-Refuse = Callable[[str], CheckpointError]
+NEXT_STEP = "Download the file again, or write it anew with a JSON library."
+
+Refuse = Callable[[str], GptossExportError]
 
 
 def read_json_object(path: Path, max_bytes: int, error: type[CheckpointError] = ConfigError) -> dict[str, object]:
@@ -32,26 +35,41 @@ def read_json_object(path: Path, max_bytes: int, error: type[CheckpointError] = 
                 f"{path} has {size} bytes, more than the {max_bytes} that such a file can need",
                 "Download the file again; it is not what its name says.",
             )
-        data = f.read(max_bytes)
+        data = read_capped(f, max_bytes)
     return parse_json_object(data, str(path), error)
 
 
 def parse_json_object(
     data: bytes,
     where: str,
-    error: type[CheckpointError],
-    duplicate: type[CheckpointError] | None = None,
+    error: type[GptossExportError],
+    duplicate: type[GptossExportError] | None = None,
+    next_step: str = NEXT_STEP,
 ) -> dict[str, object]:
-    """Parses one JSON object; `where` names the source in messages.
+    """Parses one JSON object; everything else as for `parse_json`."""
+    parsed = parse_json(data, where, error, duplicate, next_step)
+    if not isinstance(parsed, dict):
+        raise error(f"{where}: not a JSON object", next_step)
+    return parsed
 
-    Refused with `error`: bytes that are not UTF-8, duplicate keys (parsers disagree about which one counts),
-    NaN, Infinity and numbers that overflow to them, integers of more than 20 digits, lone surrogates, nesting
-    too deep for the parser, more than a million values. A key that is twice in the outermost object raises
-    `duplicate`.
+
+def parse_json(
+    data: bytes,
+    where: str,
+    error: type[GptossExportError],
+    duplicate: type[GptossExportError] | None = None,
+    next_step: str = NEXT_STEP,
+) -> object:
+    """Parses one JSON value; `where` names the source in messages.
+
+    Refused with `error` and `next_step`: bytes that are not UTF-8, duplicate keys (parsers disagree about which
+    one counts), NaN, Infinity and numbers that overflow to them, integers of more than 20 digits, lone
+    surrogates, nesting too deep for the parser, more than a million values. A key that is twice in the outermost
+    object raises `duplicate`.
     """
 
-    def refuse(problem: str) -> CheckpointError:
-        return error(f"{where}: {problem}", "Download the file again, or write it anew with a JSON library.")
+    def refuse(problem: str) -> GptossExportError:
+        return error(f"{where}: {problem}", next_step)
 
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
         raise refuse(f"more than {MAX_VALUES} values")
@@ -72,16 +90,15 @@ def parse_json_object(
     except UnicodeEncodeError as e:
         raise refuse("a lone surrogate in a string") from e
     except json.JSONDecodeError as e:
-        raise refuse(f"not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from e
+        line = f"line {e.lineno}, " if b"\n" in data else ""
+        raise refuse(f"not JSON: {e.msg} at {line}column {e.colno}") from e
     except RecursionError as e:
         raise refuse("nested too deeply") from e
-    if not isinstance(parsed, dict):
-        raise refuse("not a JSON object")
     if reader.inner_duplicate is not None:
         raise refuse(f"the key {shown(reader.inner_duplicate)} is given twice in one object")
     if reader.outer_duplicate is not None:
         problem = f"{where}: the key {shown(reader.outer_duplicate)} is given twice"
-        raise (duplicate or error)(problem, "Two meanings are in the file; download it again, or write it anew.")
+        raise (duplicate or error)(problem, next_step)
     return parsed
 
 
@@ -112,6 +129,8 @@ class _Reader:
         return int(digits)
 
     def number(self, digits: str) -> float:
+        if len(digits) > MAX_FLOAT_CHARACTERS:
+            raise self._refuse(f"a number of {len(digits)} characters")
         value = float(digits)
         if not math.isfinite(value):
             raise self._refuse(f"the number {shown(digits)} is out of range")

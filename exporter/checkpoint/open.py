@@ -10,10 +10,12 @@ from gptoss_export.exporter.checkpoint.config import ModelConfig, parse_config
 from gptoss_export.exporter.checkpoint.files import regular_size, shown
 from gptoss_export.exporter.checkpoint.json_reader import read_json_object
 from gptoss_export.exporter.checkpoint.layouts import ITEMSIZE, StoredTensor, detect_layout, stored_tensors
+from gptoss_export.exporter.checkpoint.links import AllowedPlaces
 from gptoss_export.exporter.checkpoint.read import check_scales, read_tensor
 from gptoss_export.exporter.checkpoint.safetensors_header import HeaderEntry
 from gptoss_export.exporter.checkpoint.shards import INDEX, SINGLE, find_shards
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout, TensorRef
+from gptoss_export.exporter.checkpoint.tokenizer import MAX_TOKENIZER_BYTES
 from gptoss_export.exporter.errors import (
     AbsurdSizeError,
     CheckpointNotFoundError,
@@ -32,7 +34,7 @@ MAX_CONFIG_BYTES = 4 << 20
 
 # Files that are shipped along, and the most bytes that each can need (the released tokenizer.json has 27 MB).
 SIDE_FILES = {
-    "tokenizer.json": 256 << 20,
+    "tokenizer.json": MAX_TOKENIZER_BYTES,
     "tokenizer_config.json": 16 << 20,
     "special_tokens_map.json": 16 << 20,
     "chat_template.jinja": 16 << 20,
@@ -48,18 +50,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     A folder without weights of its own that has an `original/` with some (as the releases do) means that one;
     the tokenizer is then still looked for in `folder`.
 
-    Raises the errors of `CheckpointError`, each naming what it found and what was expected.
+    Links may end in `folder` and, for a snapshot of the Hub cache, in its blobs. Raises the errors of
+    `CheckpointError`, each naming what it found and what was expected.
     """
     root = _weights_root(folder)
+    places = AllowedPlaces.of(folder)
     config_file = root / "config.json"
+    places.check(config_file)
     try:
         raw = read_json_object(config_file, MAX_CONFIG_BYTES)
     except CheckpointNotFoundError as e:
         raise ConfigError(f"{config_file} is missing", "Take the one that came with the weights.") from e
-    side_files = _side_files((root,) if root == folder else (root, folder))
+    side_files = _side_files((root,) if root == folder else (root, folder), places)
     generation = next((f for f in side_files if f.name == "generation_config.json"), None)
     config = parse_config(raw, read_json_object(generation, MAX_CONFIG_BYTES) if generation else None)
-    shards = find_shards(root)
+    shards = find_shards(root, places)
     found = shards.tensors
     layout = detect_layout(found)
     if layout is None:
@@ -105,12 +110,13 @@ def _weights_root(folder: Path) -> Path:
     raise CheckpointNotFoundError(f"{folder} holds no weights", f"It needs {SINGLE}, or shards and {INDEX}.")
 
 
-def _side_files(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+def _side_files(folders: tuple[Path, ...], places: AllowedPlaces) -> tuple[Path, ...]:
     result = []
     for name, cap in SIDE_FILES.items():
         path = next((p for f in folders if (p := f / name).is_symlink() or p.exists()), None)
         if path is None:
             continue
+        places.check(path)
         if (size := regular_size(path)) > cap:
             raise AbsurdSizeError(
                 f"{path} has {size} bytes, more than the {cap} that it can need", "Download the file again."
@@ -161,6 +167,7 @@ def _references(tensor: StoredTensor, file: Path, entry: HeaderEntry) -> list[Te
             shape=part.shape,
             offset=entry.offset + part.start,
             nbytes=math.prod(part.shape) * ITEMSIZE[tensor.dtype],
+            stamp=entry.stamp,
         )
         for part in tensor.parts
     ]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from gptoss_export.exporter.checkpoint.files import open_regular
+from gptoss_export.exporter.checkpoint.files import open_regular, stamp_of
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, TensorRef
-from gptoss_export.exporter.errors import InvalidScaleError, TruncatedFileError
+from gptoss_export.exporter.errors import IntegrityError, InvalidScaleError, TruncatedFileError
 
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
 
@@ -25,7 +24,7 @@ def read_tensor(ref: TensorRef) -> NDArray[Any]:
     """Maps one tensor, read-only, in its own shape; BF16 as ml_dtypes.bfloat16, U8 as uint8.
 
     The map lives as long as the array. Raises TruncatedFileError when the file has become shorter than its
-    header said, and what `open_regular` raises.
+    header said, IntegrityError when it is another file or was written to since, and what `open_regular` raises.
     """
     return _map(ref, ref.offset, ref.nbytes, DTYPES[ref.dtype]).reshape(ref.shape)
 
@@ -57,11 +56,16 @@ def _refuse_scale(ref: TensorRef, index: int) -> None:
 
 def _map(ref: TensorRef, offset: int, nbytes: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     with open_regular(ref.file) as f:
-        size = os.fstat(f.fileno()).st_size
-        if offset + nbytes > size:
+        stamp = stamp_of(f)
+        if offset + nbytes > stamp.nbytes:
             raise TruncatedFileError(
-                f"{ref.file} has {size} bytes, and {ref.name} ends at {ref.offset + ref.nbytes}: it was cut "
+                f"{ref.file} has {stamp.nbytes} bytes, and {ref.name} ends at {ref.offset + ref.nbytes}: it was cut "
                 "short since it was opened",
                 "Leave the checkpoint alone while it is read; download it again if it stays so.",
+            )
+        if ref.stamp is not None and ref.stamp != stamp:
+            raise IntegrityError(
+                f"{ref.file} is not the file whose header was checked: it was replaced or written to since",
+                "Leave the checkpoint alone while it is read, then run again.",
             )
         return np.memmap(f, dtype=dtype, mode="r", offset=offset, shape=(nbytes // dtype.itemsize,))

@@ -6,12 +6,11 @@ and one buffer that the tensors fill without holes or overlaps: https://github.c
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from gptoss_export.exporter.checkpoint.files import open_regular, shown
+from gptoss_export.exporter.checkpoint.files import Stamp, open_regular, shown, stamp_of
 from gptoss_export.exporter.checkpoint.json_reader import parse_json_object
 from gptoss_export.exporter.errors import (
     CheckpointError,
@@ -21,8 +20,8 @@ from gptoss_export.exporter.errors import (
     TruncatedFileError,
 )
 
-# The cap of the reference implementation.
-MAX_HEADER_BYTES = 100_000_000
+# gpt-oss-120b's headers have 0.1 MB in all; the reference implementation would parse 100 MB.
+MAX_HEADER_BYTES = 16 << 20
 MAX_RANK = 32
 
 # Bits of one element; types below a byte are packed.
@@ -37,13 +36,14 @@ _AGAIN = "Download the file again, or write it anew with safetensors."
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """One tensor of one file. offset and nbytes are absolute in the file."""
+    """One tensor of one file. offset and nbytes are absolute in the file; stamp: of that file, as it was read."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stamp: Stamp | None = None
 
 
 def read_header(path: Path) -> dict[str, HeaderEntry]:
@@ -53,7 +53,8 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
     CheckpointNotFoundError when `path` is no regular file.
     """
     with open_regular(path) as f:
-        size = os.fstat(f.fileno()).st_size
+        stamp = stamp_of(f)
+        size = stamp.nbytes
         prefix = f.read(8)
         if prefix == b"version ":
             raise HeaderError(f"{path} is a Git LFS pointer, not the weights", "Run `git lfs pull` in the checkpoint.")
@@ -67,7 +68,8 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
         data = f.read(length)
     if len(data) != length:
         raise TruncatedFileError(f"{path} was cut short while it was read", _AGAIN)
-    return parse_header(data, size - 8 - length, 8 + length, str(path))
+    entries = parse_header(data, size - 8 - length, 8 + length, str(path))
+    return {name: replace(entry, stamp=stamp) for name, entry in entries.items()}
 
 
 def parse_header(data: bytes, buffer_bytes: int, base: int, where: str) -> dict[str, HeaderEntry]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gptoss_export.exporter.checkpoint.files import shown
 from gptoss_export.exporter.checkpoint.json_reader import read_json_object
+from gptoss_export.exporter.checkpoint.links import AllowedPlaces
 from gptoss_export.exporter.checkpoint.safetensors_header import HeaderEntry, read_header
 from gptoss_export.exporter.errors import CheckpointNotFoundError, DuplicateTensorError, ShardIndexError
 
@@ -26,20 +27,23 @@ class Shards:
     phantoms: tuple[str, ...] = ()
 
 
-def find_shards(root: Path) -> Shards:
+def find_shards(root: Path, places: AllowedPlaces) -> Shards:
     """Reads the headers of the checkpoint in `root`.
 
     Shards are those that the index names, never those that a pattern finds; without an index there is one file.
-    Raises ShardIndexError where index and headers disagree, DuplicateTensorError for a tensor in two shards, and the
-    errors of `read_header`.
+    Raises ShardIndexError where index and headers disagree, DuplicateTensorError for a tensor in two shards,
+    UnsafeFileError for a link out of `places`, and the errors of `read_header`.
     """
     index_file = root / INDEX
     if not index_file.is_symlink() and not index_file.exists():
         single = root / SINGLE
+        places.check(single)
         return Shards({name: (single, entry) for name, entry in read_header(single).items()})
+    places.check(index_file)
     weight_map = _weight_map(index_file)
     found: dict[str, tuple[Path, HeaderEntry]] = {}
     for shard in sorted(set(weight_map.values())):
+        places.check(root / shard)
         for name, entry in _shard_header(root / shard).items():
             if name in found:
                 raise DuplicateTensorError(f"tensor {shown(name)} is in {found[name][0].name} and in {shard}", _AGAIN)

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from gptoss_export.exporter.checkpoint.config import ModelConfig
+from gptoss_export.exporter.checkpoint.files import Stamp
 
 
 class Layout(Enum):
@@ -27,6 +28,7 @@ class TensorRef:
     file: the file as it is named in the checkpoint folder (may be a symlink).
     dtype: safetensors' name of the type: `BF16` or `U8`.
     offset, nbytes: absolute byte range in the file.
+    stamp: of the file whose header was checked; None for a file that is still to be written.
     """
 
     name: str
@@ -36,6 +38,7 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True)

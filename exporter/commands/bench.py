@@ -122,7 +122,8 @@ def bench(
     """
     from gptoss_export.engines.bench import BenchPlan, run_bench
     from gptoss_export.engines.machine import HostMeter, describe_machine
-    from gptoss_export.exporter.artifact import now, read_manifest
+    from gptoss_export.exporter.artifact import read_manifest
+    from gptoss_export.exporter.clock import now
     from gptoss_export.exporter.pipeline import find_target
 
     manifest = read_manifest(folder)

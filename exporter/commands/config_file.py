@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from yaml.nodes import MappingNode, Node
 
 MAX_CONFIG_FILE_BYTES = 64 << 10
+_DEEPEST = 8  # three are of use, and the scanner's time grows with the square of the depth
 
 
 def load_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -29,9 +30,14 @@ def load_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         return
     group = ctx.command
     assert isinstance(group, click.Group)
+    from gptoss_export.exporter.checkpoint.files import open_regular, read_capped
+    from gptoss_export.exporter.errors import CheckpointError
+
     try:
-        with path.open("rb") as f:
-            data = f.read(MAX_CONFIG_FILE_BYTES + 1)
+        with open_regular(path) as f:
+            data = read_capped(f, MAX_CONFIG_FILE_BYTES)
+    except CheckpointError as error:
+        raise click.BadParameter(error.what, ctx, param) from error
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror}", ctx, param) from error
     if len(data) > MAX_CONFIG_FILE_BYTES:
@@ -51,12 +57,19 @@ class _ConfigFileError(Exception):
 def _compose(data: bytes) -> MappingNode | None:
     import yaml
 
+    from gptoss_export.exporter.checkpoint.files import one_line
+
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader)):
-            raise _ConfigFileError("aliases (*name) are not understood")
+        depth = 0
+        for event in yaml.parse(data, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise _ConfigFileError("aliases (*name) are not understood")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise _ConfigFileError("nested too deeply")
         root = yaml.compose(data, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise _ConfigFileError(" ".join(str(error).split())) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two for escapes beyond Unicode
+        raise _ConfigFileError(one_line(error, 400)) from error
     except RecursionError as error:
         raise _ConfigFileError("nested too deeply") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
@@ -87,7 +100,7 @@ def _options(node: MappingNode, command: click.Command) -> dict[str, object]:
             name = str(known[key].name)
             entry = _value(key, value, known[key], line)
         else:
-            raise _ConfigFileError(f"line {line}: unknown option {key!r}; known are {', '.join(sorted(known))}")
+            raise _ConfigFileError(f"line {line}: unknown option {key[:80]!r}; known are {', '.join(sorted(known))}")
         if name in defaults:
             raise _ConfigFileError(f"line {line}: {key} is given twice")
         defaults[name] = entry
@@ -97,6 +110,9 @@ def _options(node: MappingNode, command: click.Command) -> dict[str, object]:
 def _value(key: str, node: Node, param: click.Option, line: int) -> str | list[str]:
     import yaml
 
+    scalars = [node, *node.value] if isinstance(node, yaml.SequenceNode) else [node]
+    if any(isinstance(scalar, yaml.ScalarNode) and not _is_text(scalar.value) for scalar in scalars):
+        raise _ConfigFileError(f"line {line}: {key} holds what no path or name can: NUL or half a surrogate pair")
     if isinstance(node, yaml.ScalarNode) and node.value not in ("", "null", "~"):
         return [node.value] if param.multiple else str(node.value)
     items = node.value if param.multiple and isinstance(node, yaml.SequenceNode) else ()
@@ -104,3 +120,7 @@ def _value(key: str, node: Node, param: click.Option, line: int) -> str | list[s
         return [str(item.value) for item in items]
     expected = "a value or a list of values" if param.multiple else "one value"
     raise _ConfigFileError(f"line {line}: {key} needs {expected}")
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -16,7 +16,7 @@ from gptoss_export.exporter.errors import PromptError, TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_MAX_TOKENIZER_BYTES = 256 << 20
+_NEXT_STEP = "export again, or use --token-ids"
 
 
 @click.command("generate")
@@ -85,23 +85,18 @@ def generate(
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The artifact's tokenizer, if it has one. Raises TokenizerError for a file that is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
+    from gptoss_export.exporter.checkpoint.tokenizer import read_tokenizer
 
-    if path.stat().st_size > _MAX_TOKENIZER_BYTES:
-        raise TokenizerError(f"{path} is too large for a tokenizer", "run `gptoss-export validate` on the artifact")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(
-            f"{path} is no tokenizer: {' '.join(str(error).split())[:200]}", "export again, or use --token-ids"
-        ) from error
+    path = folder / "tokenizer.json"
+    if path.is_symlink():
+        raise TokenizerError(f"{path} is a symbolic link, and no file of an artifact is one", _NEXT_STEP)
+    return read_tokenizer(path, _NEXT_STEP) if path.exists() else None
 
 
 def encode(tokenizer: Tokenizer | None, folder: Path, prompt: str) -> list[int]:
     """The prompt's token ids."""
+    from gptoss_export.exporter.checkpoint.tokenizer import raise_as_tokenizers
+
     if tokenizer is None:
         raise TokenizerError(f"{folder} has no tokenizer.json", "use --token-ids")
     try:
@@ -110,6 +105,8 @@ def encode(tokenizer: Tokenizer | None, folder: Path, prompt: str) -> list[int]:
         raise PromptError(
             "the prompt is not valid text", "give it in the terminal's encoding, or as --token-ids"
         ) from error
+    except BaseException as error:
+        raise_as_tokenizers(error, f"{folder / 'tokenizer.json'} is no tokenizer", _NEXT_STEP)
     return ids
 
 

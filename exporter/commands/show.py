@@ -26,7 +26,8 @@ def plan_as_json(plan: Plan) -> dict[str, object]:
         "artifacts": {target: str(folder) for target, folder in plan.folders.items()},
         "weights": {"mode": plan.request.weights.value, "dir": plan.weights_dir},
         "parity": plan.request.parity,
-        "disk": {"needed_bytes": plan.copied_bytes, "free_bytes": plan.free_bytes},
+        "disk": {"needed_bytes": plan.copied_bytes, "free_bytes": plan.preflight.disks[0].free},
+        "preflight": plan.preflight.as_json(),
         "steps": list(plan.steps),
     }
 
@@ -40,7 +41,8 @@ def echo_plan(plan: Plan) -> None:
         click.echo(f"  {plan.weights_dir}/{name}  {format_bytes(path.stat().st_size)}")
     for target, folder in plan.folders.items():
         click.echo(f"artifact: {folder} ({target})")
-    click.echo(f"disk: at most {format_bytes(plan.copied_bytes)} needed, {format_bytes(plan.free_bytes)} free")
+    for line in plan.preflight.lines():
+        click.echo(line)
 
 
 def result_as_json(result: ExportResult) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gptoss_export.exporter import cli
-from gptoss_export.exporter.artifact import REPORT_NAMES, read_manifest, verify_files
+from gptoss_export.exporter.artifact import RECORD_NAMES, read_manifest, verify_files
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.synth import SynthShape, synthesize
 from gptoss_export.exporter.checkpoint.tensors import Layout
@@ -75,7 +75,7 @@ def test_manifest_report_and_files_agree(target: str, release: Path, tiny_dir: P
     assert manifest.parity.report_sha256 == content_sha256(report)
     assert report.verdict.passed
     assert report.target == manifest.target == target
-    others = {name: r.sha256 for name, r in manifest.files.items() if name not in REPORT_NAMES}
+    others = {name: r.sha256 for name, r in manifest.files.items() if name not in RECORD_NAMES}
     assert report.binding.files == others
     assert report.binding.checkpoint == {name: r.sha256 for name, r in manifest.checkpoint.items()}
     for name in manifest.checkpoint:
@@ -89,7 +89,7 @@ def test_the_same_inputs_give_the_same_bytes(
     assert run(capsys, "-q", "--target", "ort-cpu", "--model", tiny_dir, "--output", out).code == 0
     once, again = read_manifest(release / "ort-cpu"), read_manifest(out)
     different = {name for name in once.files if once.files[name] != again.files[name]}
-    assert different <= set(REPORT_NAMES)
+    assert different <= set(RECORD_NAMES)
     assert once.content_sha256 == again.content_sha256
 
 
@@ -175,16 +175,20 @@ def test_force_replaces_only_when_the_new_artifact_is_complete(
     out = tmp_path / "release"
     shutil.copytree(release / "ort-cpu", out)
     before = read_manifest(out)
-    from gptoss_export.validators import reference
+    from gptoss_export.exporter import pipeline
 
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(reference, "run_reference", fail)
+    monkeypatch.setattr(pipeline, "make_yardstick", fail)
     args = ["--target", "ort-cpu", "--model", tiny_dir, "--output", out, "--force"]
-    assert run(capsys, *args).code == 61
+    stopped = run(capsys, *args)
+    assert stopped.code == 61
+    assert "  kept: " in stopped.err
     assert read_manifest(out) == before
     verify_files(out, before)
+    monkeypatch.undo()
+    assert run(capsys, *args).code == 0
     assert list(tmp_path.iterdir()) == [out]
 
 

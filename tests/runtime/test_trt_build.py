@@ -22,7 +22,7 @@ from gptoss_export.engines.tensorrt.flavor import gpu_problem
 from gptoss_export.engines.tensorrt.header import read_header
 from gptoss_export.engines.tensorrt.network import PROFILES, add_profiles
 from gptoss_export.engines.tensorrt.options import EngineOptions
-from gptoss_export.exporter.errors import DiskSpaceError, EngineBuildError, TargetUnavailableError
+from gptoss_export.exporter.errors import DiskSpaceError, EngineBuildError, OutOfMemoryError, TargetUnavailableError
 from gptoss_export.exporter.progress import SilentProgress
 
 pytest.importorskip("tensorrt_rtx")
@@ -322,10 +322,6 @@ def test_an_older_engine_survives_a_failed_build(folder: Path) -> None:
             "import os, sys; sys.stderr.write('[E] the last words\\n'); sys.stderr.flush(); os.abort()",
             "died of SIGABRT",
         ),
-        (
-            "import os, sys; os.write(2, b'[E] the last words\\n'); os.kill(os.getpid(), 9)",
-            "most likely for its memory",
-        ),
         ("import os, sys; os.write(2, b'noise\\nthe last words\\n'); os._exit(3)", "ended with code 3"),
         ("import os; os.write(2, b'the last words'); os.write(1, b'{\"event\": \"resu'); os.abort()", "SIGABRT"),
         ("import os; os.write(2, b'the last words' + b'x' * 10**7); os.write(2, b'\\nthe last words')", "code 0"),
@@ -337,6 +333,16 @@ def test_a_child_that_dies(folder: Path, child_is, source: str, says: str) -> No
     assert says in error.what
     assert error.what.endswith("the last words")
     assert len(error.what) < 1000
+
+
+def test_a_child_that_is_killed_names_memory_and_the_need(folder: Path, child_is) -> None:
+    child_is("import os; os.write(2, b'[E] the last words\\n'); os.kill(os.getpid(), 9)")
+    path = graph(folder, STATIC)
+    with pytest.raises(OutOfMemoryError) as caught:
+        build_engine(path, folder / "engine.plan", EngineOptions(), ram_bytes=6_500_000_000)
+    assert "was killed, most likely for its memory; it takes about 6.5 GB; " in caught.value.what
+    assert caught.value.what.endswith("are free now: the last words")
+    assert [item.name for item in folder.iterdir()] == ["model.onnx"]
 
 
 def test_a_child_that_dies_in_the_middle_of_writing(folder: Path, child_is) -> None:
@@ -382,7 +388,7 @@ from gptoss_export.engines.tensorrt import build_child
 
 def build(onnx_path, engine, *rest):
     engine.write_bytes(b"half an engine")
-    Path(os.environ["CHILD_PID"]).write_text(str(os.getpid()))
+    Path("PID_FILE").write_text(str(os.getpid()))
     time.sleep(60)
 
 build_child.build = build
@@ -395,9 +401,9 @@ from pathlib import Path
 from gptoss_export.engines.tensorrt import build
 from gptoss_export.engines.tensorrt.network import PROFILES, add_profiles
 from gptoss_export.engines.tensorrt.options import EngineOptions
-from gptoss_export.exporter import cli
+from gptoss_export.exporter.interrupt import terminate
 import signal
-signal.signal(signal.SIGTERM, cli._terminate)
+signal.signal(signal.SIGTERM, terminate)
 build.CHILD = "some_child"
 folder = Path(sys.argv[1])
 build.build_engine(folder / "model.onnx", folder / "engine.plan", EngineOptions())
@@ -406,14 +412,11 @@ build.build_engine(folder / "model.onnx", folder / "engine.plan", EngineOptions(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("to_group", [False, True])
-def test_signals(
-    folder: Path, child_is, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, to_group: bool
-) -> None:
+def test_signals(folder: Path, child_is, number: signal.Signals, to_group: bool) -> None:
     """Ctrl-C and SIGTERM leave nothing; after SIGKILL of the parent at least no process goes on."""
-    child_is(SLOW_CHILD)
-    graph(folder, STATIC)
     pid_file = folder.parent / "child.pid"
-    monkeypatch.setenv("CHILD_PID", str(pid_file))
+    child_is(SLOW_CHILD.replace("PID_FILE", str(pid_file)))
+    graph(folder, STATIC)
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(folder)],
         start_new_session=True,

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gptoss_export.exporter.artifact import RECORD_NAMES, Manifest, ParityRecord, write_manifest
+from gptoss_export.exporter.attest import attest
+from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.measure import record
+from gptoss_export.exporter.origin import Origin
+from gptoss_export.exporter.weights import WeightsMode, hash_files
 from gptoss_export.validators.consistency import CHECKS, ConsistencyCheck
 from gptoss_export.validators.evidence import Evidence, ScenarioResult
 from gptoss_export.validators.floor import FloorRecord
@@ -299,3 +307,79 @@ def samples() -> Samples:
 def evidence() -> Evidence:
     """Two layers of which everything is good."""
     return made_evidence()
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A finished artifact, its manifest and its report."""
+
+    folder: Path
+    manifest: Manifest
+    report: ParityReport | None
+
+
+def deliver(
+    folder: Path, checkpoint: Checkpoint, report: ParityReport | None, extra: Mapping[str, bytes], **changes: Any
+) -> Delivered:
+    """The small checkpoint as an artifact whose graph is none, with every record that an export writes."""
+    (folder / "weights").mkdir(parents=True)
+    names = sorted(path.name for path in checkpoint.root.iterdir() if path.suffix != ".txt")
+    for name in names:
+        shutil.copyfile(checkpoint.root / name, folder / "weights" / name)
+    for name, data in ({"model.onnx": b"a graph"} | dict(extra)).items():
+        (folder / name).write_bytes(data)
+    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = hash_files(paths)
+    fields: dict[str, Any] = {
+        "versions": {"gptoss-export": "0.1.0", "onnxruntime": "1.31.1", "torch": "2.13.0+cpu"},
+        "target": "ort-cpu",
+        "engine": "onnxruntime 1.31.1",
+        "provider": "CPUExecutionProvider",
+        "notes": ("kernels: bundled",),
+        "layout": checkpoint.layout,
+        "model": checkpoint.config,
+        "checkpoint": {name: files[f"weights/{name}"] for name in names},
+        "weights_mode": WeightsMode.COPY,
+        "weights_dir": "weights",
+        "files": files,
+        "parity": ParityRecord("not validated"),
+        "created_at": "2025-01-02T03:04:05+00:00",
+        "origin": Origin(
+            "openai/gpt-oss-20b", "6cee5e81ee83917806bbde320786a8fb61efebee", "Apache-2.0", {"parity": "quick"}
+        ),
+    }
+    manifest = Manifest(**(fields | changes))
+    if report is not None:
+        binding = Binding(
+            {name: entry.sha256 for name, entry in manifest.checkpoint.items()},
+            {name: entry.sha256 for name, entry in manifest.files.items() if name not in RECORD_NAMES},
+        )
+        report = replace(report, binding=binding)
+        manifest = record(report, manifest, folder)
+    manifest = attest(manifest, report, folder)
+    write_manifest(manifest, folder)
+    return Delivered(folder, manifest, report)
+
+
+@pytest.fixture
+def delivered(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Delivered:
+    """An artifact that passed."""
+    return deliver(tmp_path / "release", tiny, samples.passing, {})
+
+
+@pytest.fixture
+def unvalidated(tmp_path: Path, tiny: Checkpoint) -> Delivered:
+    """An artifact that nothing was compared with."""
+    return deliver(tmp_path / "unvalidated", tiny, None, {})
+
+
+@pytest.fixture
+def with_engine(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[[str, bytes], Delivered]:
+    """Artifacts for TensorRT by their engine.json and engine.plan."""
+
+    def make(metadata: str, plan: bytes) -> Delivered:
+        extra = {"engine.json": metadata.encode(), "engine.plan": plan}
+        changes = {"target": "trt-fp16", "engine": "tensorrt_rtx 1.7.1.116"}
+        return deliver(tmp_path / "engine", tiny, samples.not_executed, extra, **changes)
+
+    return make

@@ -297,5 +297,5 @@ def test_verify_follows_no_link_out_of_the_folder(folder: Path, tmp_path: Path) 
     outside = tmp_path / "outside.onnx"
     (folder / "model.onnx").rename(outside)
     (folder / "model.onnx").symlink_to(outside)
-    with pytest.raises(IntegrityError, match="leads out"):
+    with pytest.raises(IntegrityError, match="symbolic link"):
         verify_files(folder, read_manifest(folder))

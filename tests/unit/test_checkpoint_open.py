@@ -24,6 +24,7 @@ from gptoss_export.exporter.errors import (
     ConfigError,
     DuplicateTensorError,
     HeaderError,
+    IntegrityError,
     InvalidScaleError,
     MissingTensorError,
     OverlappingTensorError,
@@ -361,7 +362,7 @@ SINGLE = {
     "generation_config no json": (replaced("generation_config.json", b"[]"), ConfigError, "generation_config"),
     "config is a FIFO": (fifo("config.json"), UnsafeFileError, "FIFO"),
     "weights are a FIFO": (fifo("model.safetensors"), UnsafeFileError, "FIFO"),
-    "weights are a device": (link("model.safetensors", "/dev/zero"), UnsafeFileError, "device"),
+    "weights are a device": (link("model.safetensors", "/dev/zero"), UnsafeFileError, "out of the checkpoint"),
     "weights link nowhere": (link("model.safetensors", "../blobs/none"), UnsafeFileError, "link"),
     "tokenizer is a FIFO": (fifo("tokenizer.json"), UnsafeFileError, "FIFO"),
     "tokenizer links nowhere": (link("tokenizer.json", "none"), UnsafeFileError, "link"),
@@ -497,6 +498,27 @@ def test_files_that_shrink_after_opening(copy):
         read_tensor(ref)
     ref.file.unlink()
     with pytest.raises(CheckpointNotFoundError):
+        read_tensor(ref)
+
+
+def test_files_that_are_swapped_or_written_to_after_opening(copy):
+    root = copy("single")
+    checkpoint = open_checkpoint(root)
+    ref = checkpoint.tensors["lm_head.weight"]
+    before = read_tensor(ref).copy()
+    shutil.copyfile(ref.file, root / "other")
+    (root / "other").rename(ref.file)
+    with pytest.raises(IntegrityError, match="not the file whose header was checked"):
+        read_tensor(ref)
+    with pytest.raises(IntegrityError):
+        check_scales(checkpoint)
+    ref = open_checkpoint(root).tensors["lm_head.weight"]
+    assert (read_tensor(ref) == before).all()
+    with ref.file.open("r+b") as f:
+        f.seek(ref.offset)
+        f.write(b"x")
+    os.utime(ref.file, ns=(1, 1))
+    with pytest.raises(IntegrityError):
         read_tensor(ref)
 
 

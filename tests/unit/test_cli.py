@@ -76,7 +76,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("command", ["targets", "inspect", "validate", "generate", "synth"])
+@pytest.mark.parametrize("command", ["targets", "inspect", "validate", "verify", "sign", "generate", "synth"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     assert "Usage: gptoss-export" in capsys.readouterr().out

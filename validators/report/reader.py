@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import types
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gptoss_export.exporter.checkpoint.json_reader import parse_json_object
 from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.validators.report.bounds import item_bounds, number_bounds
 from gptoss_export.validators.report.checks import InvalidReport, check_report
@@ -17,13 +17,15 @@ from gptoss_export.validators.report.schema import SCHEMA_VERSION, ParityReport
 
 T = TypeVar("T")
 
+_UNREADABLE = "the parity report cannot be read"
+_NEXT_STEP = "Run `gptoss-export validate` on the artifact."
+
 
 def from_json(data: bytes | str) -> ParityReport:
     """The report in these bytes. Raises NotValidatedError when it is none that this version can vouch for."""
+    encoded = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    found = parse_json_object(encoded, _UNREADABLE, NotValidatedError, next_step=_NEXT_STEP)
     try:
-        found = json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
-        if not isinstance(found, dict):
-            raise InvalidReport("it is no JSON object")
         if found.get("schema_version") != SCHEMA_VERSION:
             raise InvalidReport(f"its schema_version is not {SCHEMA_VERSION!r}, the one that this version reads")
         if "outcome" not in found:
@@ -33,23 +35,10 @@ def from_json(data: bytes | str) -> ParityReport:
         check_report(report)
         if outcome != report.outcome:
             raise InvalidReport("its outcome does not follow from its verdict and from what was executed")
-    except (ValueError, RecursionError) as error:
-        reason = ascii(" ".join(str(error).split())[:300])[1:-1] or "it is nested too deep"
-        raise NotValidatedError(
-            f"the parity report cannot be read: {reason}", "Run `gptoss-export validate` on the artifact."
-        ) from error
+    except ValueError as error:
+        reason = ascii(" ".join(str(error).split())[:300])[1:-1]
+        raise NotValidatedError(f"{_UNREADABLE}: {reason}", _NEXT_STEP) from error
     return report
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise InvalidReport("an object has the same key twice")
-    return found
-
-
-def _no_constant(name: str) -> object:
-    raise InvalidReport(f"{name} is no number")
 
 
 def _read(kind: type[T], value: object, where: str) -> T:

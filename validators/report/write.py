@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptoss_export.exporter.checkpoint.files import open_regular
+from gptoss_export.exporter.checkpoint.files import open_regular, read_capped
 from gptoss_export.exporter.errors import CheckpointError, NotValidatedError
 from gptoss_export.validators.report.html import to_html
 from gptoss_export.validators.report.json_writer import to_json
@@ -49,7 +49,7 @@ def read_report(place: Path) -> ParityReport:
     next_step = f"Run `gptoss-export validate {path.parent}`."
     try:
         with open_regular(path) as file:
-            data = file.read(LARGEST_REPORT + 1)
+            data = read_capped(file, LARGEST_REPORT)
     except (CheckpointError, OSError) as error:
         what = error.what if isinstance(error, CheckpointError) else f"{path}: {error.strerror}"
         raise NotValidatedError(f"no parity report: {what}", next_step) from error

@@ -1,0 +1,194 @@
+"""Kills real exports at random moments, runs the same command again, and compares what comes out in the end.
+
+    python benchmarks/kills.py --model tests/data/tiny-gpt-oss --kills 50
+
+An export is started and sent SIGKILL, SIGINT or SIGTERM up to two seconds after the start or after a line of its
+progress, which is drawn as well, since one stage takes most of the time. The same command follows, is killed in turn,
+and so on until one ends by itself. Its folder has to be, file by file, that of an export that nobody killed;
+SOURCE_DATE_EPOCH fixes the time stamps. Prints a table in Markdown; exits 1 when something was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KNOWN_GRAPH = """
+import pickle, sys
+from pathlib import Path
+from gptoss_export.exporter.cli import main
+from gptoss_export.exporter.graph import build
+build.build_graph = lambda *_: pickle.loads(Path(sys.argv[1]).read_bytes())
+sys.exit(main(sys.argv[2:]))
+"""
+MAKE_GRAPH = """
+import pickle, sys
+from pathlib import Path
+from gptoss_export.exporter.checkpoint.open import open_checkpoint
+from gptoss_export.exporter.graph.build import build_graph
+sys.setrecursionlimit(100_000)
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+Path(sys.argv[2]).write_bytes(pickle.dumps(build_graph(checkpoint.config, checkpoint.layout)))
+"""
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+PARTIAL = ".release.partial"
+IMPORT_SECONDS = 0.5
+"""Before the command line is read, a signal does what it does to every Python program."""
+DONE = re.compile(r"^(.+): done in ", re.MULTILINE)
+
+
+@dataclass
+class Tally:
+    """kills: by the stage that ran. seconds: from a signal to the end of the process, SIGKILL left out.
+
+    names: of the files of a whole artifact. resumed: kills after which finished work was there.
+    """
+
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    names: frozenset[str] = frozenset()
+    resumed: int = 0
+    finished: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
+    with log.open("wb") as stderr:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stage_of(log: Path) -> str:
+    """What ran when the process ended, by the last line that it wrote before."""
+    text = log.read_text(errors="replace")
+    if not text:
+        return "start"
+    done = DONE.findall(text)
+    return f"after {done[-1]}" if done else "weights, scales, graph"
+
+
+def wait(child: subprocess.Popen[bytes], log: Path, lines: int, seconds: float) -> bool:
+    """Waits for so many lines and then so long; whether the process still runs."""
+    while child.poll() is None and log.read_bytes().count(b"\n") < lines:
+        time.sleep(0.01)
+    try:
+        child.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def kill_once(command: list[str], out: Path, log: Path, draw: random.Random, lines: int, tally: Tally) -> bool:
+    """One attempt; whether it was cut off."""
+    number = draw.choice(list(CODES))
+    child = start(command, log)
+    if wait(child, log, draw.randint(0, lines), draw.uniform(IMPORT_SECONDS, 2.0)):
+        child.send_signal(number)
+        sent = time.monotonic()
+        code = child.wait(timeout=60)
+        took = time.monotonic() - sent
+        if code == 0 or ((out / "manifest.json").exists() and not (out.parent / PARTIAL).exists()):
+            return False  # it was through before the signal came to it
+        if number != signal.SIGKILL:
+            tally.seconds.append(took)
+        tally.kills[stage_of(log), number.name] += 1
+        if code not in (CODES[number], -number):
+            tally.faults.append(f"{number.name} gave exit code {code}: {log.read_text(errors='replace')[-300:]}")
+        if "Traceback" in log.read_text(errors="replace"):
+            tally.faults.append(f"{number.name} printed a traceback")
+        if (out / "manifest.json").exists() and hashes(out).keys() != tally.names:
+            tally.faults.append("a manifest stood in a folder that was not complete")
+        return True
+    if child.returncode != 0:
+        tally.faults.append(f"exit code {child.returncode}: {log.read_text(errors='replace')[-300:]}")
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after the export that is under way then")
+    parser.add_argument("--known-graph", action="store_true", help="trace once, for more kills of what comes after")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    draw, tally = random.Random(options.seed), Tally()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        log, out = root / "log", root / "work" / "release"
+        out.parent.mkdir()
+        command = [sys.executable, "-m", "gptoss_export.exporter"]
+        if options.known_graph:
+            graph = str(root / "graph")
+            subprocess.run([sys.executable, "-c", MAKE_GRAPH, str(options.model), graph], check=True)
+            command = [sys.executable, "-c", KNOWN_GRAPH, graph]
+        command += ["--target", options.target, "--model", str(options.model.resolve()), "--output"]
+        started = time.monotonic()
+        if start([*command, str(root / "whole")], log).wait() != 0:
+            print(log.read_text(), file=sys.stderr)
+            return 1
+        lines = log.read_bytes().count(b"\n")
+        whole, expected = time.monotonic() - started, hashes(root / "whole")
+        tally.names = frozenset(expected)
+        print(f"a whole export takes {whole:.1f} s", file=sys.stderr)
+        while sum(tally.kills.values()) < options.kills and time.monotonic() - started < 60 * options.minutes:
+            while kill_once([*command, str(out)], out, log, draw, lines, tally):
+                tally.resumed += (out.parent / PARTIAL / "journal.json").exists()
+            tally.finished += 1
+            if (found := hashes(out)) != expected:
+                different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+                tally.faults.append(f"other files than without a kill: {', '.join(different)}")
+            if left := [path.name for path in out.parent.iterdir() if path != out]:
+                tally.faults.append(f"left behind: {', '.join(left)}")
+            for path in sorted(out.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            out.rmdir()
+            print(f"{sum(tally.kills.values())} kills, {tally.finished} exports ended", file=sys.stderr)
+    print_table(tally, whole)
+    return 1 if tally.faults else 0
+
+
+def print_table(tally: Tally, whole: float) -> None:
+    names = [number.name for number in CODES]
+    print(f"| last line before the kill | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for stage in sorted({stage for stage, _ in tally.kills}):
+        print(f"| {stage} | {' | '.join(str(tally.kills[stage, name]) for name in names)} |")
+    print(f"| all | {' | '.join(str(sum(n for (_, k), n in tally.kills.items() if k == name)) for name in names)} |\n")
+    slowest = max(tally.seconds, default=0.0)
+    print(f"{sum(tally.kills.values())} kills at random moments of exports that take {whole:.1f} s; after")
+    print(
+        f"{tally.resumed} of them work was there to go on with. {tally.finished} exports came to their end, every file"
+    )
+    print(
+        f"as without a kill. SIGINT and SIGTERM ended the process within {slowest:.2f} s ({len(tally.seconds)} times)."
+    )
+    print(f"Faults: {len(tally.faults)}")
+    for fault in tally.faults:
+        print(f"- {fault}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

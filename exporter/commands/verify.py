@@ -1,0 +1,168 @@
+"""Commands about who an artifact is from: `verify` and `sign`. Neither runs anything of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gptoss_export.exporter.commands.artifact import ARTIFACT
+from gptoss_export.exporter.commands.settings import Settings, common_options, json_option, print_json
+
+if TYPE_CHECKING:
+    from gptoss_export.exporter.signing import Signer, Trust
+    from gptoss_export.exporter.verify import Verification
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("verify")
+@ARTIFACT
+@click.option("--require-signature", is_flag=True, help="Refuse an artifact that is not signed by who is trusted.")
+@click.option("--public-key", type=_FILE, metavar="FILE", help="Trust the signer with this key (PEM).")
+@click.option(
+    "--certificate-chain",
+    "chain",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Trust signers with a certificate below this one (PEM); may be repeated.",
+)
+@click.option("--identity", metavar="WHO", help="Trust this identity, known to Sigstore (keyless).")
+@click.option("--issuer", metavar="URL", help="Who has to have vouched for --identity.")
+@json_option
+@common_options
+@click.pass_obj
+def verify(
+    settings: Settings,
+    folder: Path,
+    require_signature: bool,
+    public_key: Path | None,
+    chain: tuple[Path, ...],
+    identity: str | None,
+    issuer: str | None,
+    as_json: bool,
+) -> None:
+    """Check that the artifact in OUT is complete, unchanged, and what its own papers say.
+
+    Every sha256, no file beside the manifest's, and a report, provenance and bill of materials that speak of these
+    bytes. Reads files and runs nothing; only --identity needs the network. Naming whom to trust checks the
+    signature as well. Exits 44 when something is not as it was delivered, 55 without a signature of who is trusted.
+
+    \b
+    Examples:
+      gptoss-export verify ./release
+      gptoss-export verify ./release --require-signature --public-key release.pub
+      gptoss-export verify ./release --identity ci@example.com --issuer https://accounts.example.com
+    """
+    from gptoss_export.exporter.signing import check_signature
+    from gptoss_export.exporter.verify import Check, verify_artifact
+
+    trust = _trust(public_key, chain, identity, issuer)
+    if require_signature and trust is None:
+        raise click.UsageError("--require-signature needs --public-key, --certificate-chain or --identity")
+    with settings.working() as progress:
+        result = verify_artifact(folder, progress)
+        signed = _unchecked(folder) if trust is None else check_signature(folder, result.manifest, trust)
+    checks = [*result.checks, Check("signature", signed)]
+    if as_json:
+        print_json(_as_json(result, [(check.name, check.found) for check in checks], trust is not None))
+        return
+    for check in checks:
+        click.echo(f"{check.name:<11} {check.found}")
+
+
+@click.command("sign")
+@ARTIFACT
+@click.option("--key", type=_FILE, metavar="FILE", help="Private key: PEM, P-256, P-384 or P-521, no password.")
+@click.option("--certificate", type=_FILE, metavar="FILE", help="Certificate of --key (PEM).")
+@click.option(
+    "--certificate-chain",
+    "chain",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Certificates between --certificate and the root (PEM); may be repeated.",
+)
+@click.option("--keyless", is_flag=True, help="Sign as the CI job or whoever logs in, by Sigstore; needs the network.")
+@common_options
+@click.pass_obj
+def sign(
+    settings: Settings,
+    folder: Path,
+    key: Path | None,
+    certificate: Path | None,
+    chain: tuple[Path, ...],
+    keyless: bool,
+) -> None:
+    """Verify the artifact in OUT and sign all of it: writes model.sig into the folder.
+
+    \b
+    Examples:
+      gptoss-export sign ./release --key release.pem
+      gptoss-export sign ./release --key release.pem --certificate release.crt --certificate-chain ca.crt
+      gptoss-export sign ./release --keyless
+    """
+    from gptoss_export.exporter.signing import sign_artifact
+    from gptoss_export.exporter.verify import verify_artifact
+
+    signer = _signer(key, certificate, chain, keyless)
+    with settings.working() as progress:
+        result = verify_artifact(folder, progress)
+        path = sign_artifact(folder, signer)
+    verdict = result.manifest.parity.verdict
+    click.echo(f"{path}: signs {len(result.manifest.files) + 1} files; verdict: {verdict}")
+
+
+def _trust(public_key: Path | None, chain: tuple[Path, ...], identity: str | None, issuer: str | None) -> Trust | None:
+    from gptoss_export.exporter.signing import CertificateTrust, IdentityTrust, KeyTrust
+
+    if (identity is None) != (issuer is None):
+        raise click.UsageError("--identity and --issuer go together")
+    ways: list[Trust] = []
+    if public_key is not None:
+        ways.append(KeyTrust(public_key))
+    if chain:
+        ways.append(CertificateTrust(chain))
+    if identity is not None and issuer is not None:
+        ways.append(IdentityTrust(identity, issuer))
+    if len(ways) > 1:
+        raise click.UsageError("a signature is checked in one way: key, certificate or identity")
+    return ways[0] if ways else None
+
+
+def _signer(key: Path | None, certificate: Path | None, chain: tuple[Path, ...], keyless: bool) -> Signer:
+    from gptoss_export.exporter.signing import CertificateSigner, KeylessSigner, KeySigner
+
+    if keyless == (key is not None):
+        raise click.UsageError("give either --key or --keyless")
+    if (certificate is not None or chain) and key is None:
+        raise click.UsageError("--certificate and --certificate-chain belong to --key")
+    if chain and certificate is None:
+        raise click.UsageError("--certificate-chain belongs to --certificate")
+    if key is None:
+        return KeylessSigner()
+    return KeySigner(key) if certificate is None else CertificateSigner(key, certificate, chain)
+
+
+def _unchecked(folder: Path) -> str:
+    from gptoss_export.exporter.artifact import SIGNATURE_NAME
+
+    if (folder / SIGNATURE_NAME).exists():
+        return f"{SIGNATURE_NAME} NOT CHECKED; say whom to trust, as with --public-key"
+    return "none; anybody who can write the folder could have made this artifact"
+
+
+def _as_json(result: Verification, checks: list[tuple[str, str]], signature_checked: bool) -> dict[str, object]:
+    manifest = result.manifest
+    return {
+        "target": manifest.target,
+        "verdict": manifest.parity.verdict,
+        "effort": manifest.parity.effort,
+        "loosened": list(manifest.parity.loosened),
+        "content_sha256": manifest.content_sha256,
+        "files": len(manifest.files),
+        "signature_checked": signature_checked,
+        "checks": [{"name": name, "found": found} for name, found in checks],
+    }

@@ -1,0 +1,112 @@
+"""Which exports are the same work, and may go on with what another run finished."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptoss_export.engines.tensorrt.options import EngineOptions
+from gptoss_export.exporter import identity
+from gptoss_export.exporter.identity import export_key, library_versions
+from gptoss_export.exporter.measure import MeasureOptions
+from gptoss_export.exporter.plan import ExportRequest, make_plan
+from gptoss_export.exporter.weights import WeightsMode
+
+
+@pytest.fixture
+def model(tiny_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+@pytest.fixture
+def request_of(model: Path, tmp_path: Path) -> ExportRequest:
+    return ExportRequest(str(model), tmp_path / "release", ("ort-cpu",))
+
+
+def key(request: ExportRequest) -> str:
+    return export_key(make_plan(request))
+
+
+def test_the_same_work_has_the_same_key(request_of: ExportRequest, tmp_path: Path) -> None:
+    first = key(request_of)
+    assert len(first) == 64
+    assert key(request_of) == first
+    assert key(replace(request_of, force=True, ignore_preflight=True, output=tmp_path / "elsewhere")) == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": ("onnx",)},
+        {"targets": ("onnx", "ort-cpu")},
+        {"weights": WeightsMode.HARDLINK},
+        {"parity": "full"},
+        {"threads": 3},
+        {"bundle_kernels": True},
+        {"engine": EngineOptions(max_batch=3)},
+        {"measure": MeasureOptions(overrides={"max_kl_mean": 1e-9})},
+        {"measure": MeasureOptions(bisection=True)},
+    ],
+    ids=str,
+)
+def test_other_options_are_other_work(changes: dict[str, Any], request_of: ExportRequest) -> None:
+    # Where no kernels were built, none can be bundled; the key asks nothing of them.
+    plan = make_plan(request_of)
+    assert export_key(plan) != export_key(replace(plan, request=replace(request_of, **changes)))
+
+
+def touch(path: Path) -> None:
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def swap_for_a_copy(path: Path) -> None:
+    shutil.copy2(path, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def grow(path: Path) -> None:
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize("change", [touch, swap_for_a_copy, grow])
+def test_another_source_is_other_work(change: Callable[[Path], None], model: Path, request_of: ExportRequest) -> None:
+    before = key(request_of)
+    change(model / "config.json")
+    assert key(request_of) != before
+
+
+def test_prompts_count_by_their_content(request_of: ExportRequest, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one")
+    asked = replace(request_of, measure=MeasureOptions(prompts=prompts))
+    first = key(asked)
+    touch(prompts)
+    assert key(asked) == first
+    prompts.write_text("two")
+    assert key(asked) != first
+
+
+@pytest.mark.parametrize("name", ["SOURCE_DATE_EPOCH", "OMP_NUM_THREADS", "GPTOSS_EXPORT_ISA"])
+def test_the_environment_counts(name: str, request_of: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(request_of)
+    monkeypatch.delenv(name, raising=False)
+    before = export_key(plan)
+    monkeypatch.setenv(name, "1")
+    assert export_key(plan) != before
+
+
+def test_other_software_is_other_work(request_of: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(request_of)
+    before = export_key(plan)
+    monkeypatch.setattr(identity, "library_versions", lambda: library_versions() | {"onnx": "0"})
+    other = export_key(plan)
+    monkeypatch.undo()
+    monkeypatch.setattr(identity, "_own_code", lambda: "0" * 64)
+    assert len({before, other, export_key(plan)}) == 3
