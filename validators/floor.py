@@ -19,7 +19,7 @@ from gptoss_export.exporter.progress import Progress
 from gptoss_export.validators.metrics import Accumulator, Metrics, Where
 from gptoss_export.validators.reference import BLOCK_POSITIONS, Reference, run_reference
 from gptoss_export.validators.reference_cache import reference_for
-from gptoss_export.validators.routing import choose, compare_layer
+from gptoss_export.validators.routing import choose, compare_layers
 
 FloorDtype = Literal["bfloat16", "float16"]
 
@@ -28,7 +28,7 @@ FloorDtype = Literal["bfloat16", "float16"]
 class FloorRecord:
     """Metrics of transformers in `dtype` against itself in float32, every position of every probe once.
 
-    token_layers: tokens x layers; diverged: those whose experts differ beyond ties and near-ties.
+    token_layers: tokens x layers; diverged: those whose experts diverge, see `validators.routing`.
     """
 
     dtype: FloorDtype
@@ -95,12 +95,11 @@ def run_floor(
 
 
 def _routing(reference: Reference, rounded: Reference) -> tuple[int, int]:
-    """Tokens x layers, and how many of them go to other experts beyond ties and near-ties."""
-    probes, top_k = range(len(reference.probes)), reference.config.top_k
-    token_layers = diverged = 0
-    for n in range(reference.config.num_layers):
-        taken = [choose(rounded.router_logits(n, probe), top_k) for probe in probes]
-        layer, _ = compare_layer(n, [reference.router_logits(n, probe) for probe in probes], taken, None)
-        token_layers += layer.tokens
-        diverged += layer.diverged
-    return token_layers, diverged
+    """Tokens x layers, and how many of them diverge."""
+    probes, layers, top_k = range(len(reference.probes)), range(reference.config.num_layers), reference.config.top_k
+    compared, _ = compare_layers(
+        [[reference.router_logits(n, probe) for probe in probes] for n in layers],
+        [[choose(rounded.router_logits(n, probe), top_k) for probe in probes] for n in layers],
+        [None for _ in layers],
+    )
+    return sum(layer.tokens for layer in compared), sum(layer.diverged for layer in compared)

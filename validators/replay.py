@@ -15,7 +15,7 @@ from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.validators.metrics import Accumulator
 from gptoss_export.validators.probes import Probe
 from gptoss_export.validators.reference import Reference
-from gptoss_export.validators.routing import WORST_FLIPS, Flip, RoutingLayer, RoutingRecord, choose, compare_layer
+from gptoss_export.validators.routing import RoutingRecord, choose, compare_layers
 
 COMPARED_AT_ONCE = 64
 
@@ -42,15 +42,13 @@ def measure_routing(
             _replay(inspector, reference, index, rows, accumulator)
             task.advance(1)
         replay = accumulator.metrics()
-    layers: list[RoutingLayer] = []
-    flips: list[Flip] = []
-    for n in range(inspector.num_layers):
-        logits = [reference.trace.router_logits(n, probe) for probe in range(len(taken))]
-        layer, of_layer = compare_layer(n, logits, [experts[:, n] for experts in taken], router_errors[n])
-        layers.append(layer)
-        flips += of_layer[:WORST_FLIPS]
-    flips.sort(key=lambda flip: -flip.margin)
-    return RoutingRecord(tuple(layers), tuple(flips[:WORST_FLIPS]), replay)
+    probes = range(len(taken))
+    layers, worst = compare_layers(
+        [[reference.trace.router_logits(n, probe) for probe in probes] for n in range(inspector.num_layers)],
+        [[experts[:, n] for experts in taken] for n in range(inspector.num_layers)],
+        router_errors,
+    )
+    return RoutingRecord(layers, worst, replay)
 
 
 def _experts(inspector: Inspector, probe: Probe, rows: int) -> NDArray[np.int64]:

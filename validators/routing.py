@@ -1,6 +1,6 @@
 """Which experts the artifact sends its tokens to, layer by layer, against those of the reference.
 
-    layer, flips = compare_layer(0, reference_logits, experts, router_error)
+    layers, worst = compare_layers(reference_logits, experts, router_errors)
 
 The router picks the top-k of E logits, so a difference in the last bit can exchange an expert for another, and what
 follows then differs by far more than a bit. A flip is therefore classed by its margin: how much larger the reference
@@ -9,13 +9,14 @@ held the logit of the expert that was left out than the one that was taken inste
     tie          the reference itself holds both equal, to TIE_ULPS float32 ulps
     near-tie     within NEAR_ULPS bfloat16 ulps, or within what the artifact's router is off by when it is given the
                  reference's own input
-    divergence   anything more: an error came in from below, or the router is wrong
+    consequence  more than that, after a flip in a lower layer at this position or one before it: its input is another
+    divergence   more than that, and nothing below it flipped: an error came in, or the router is wrong
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ NEAR_ULPS = 2
 WORST_FLIPS = 20
 """So many flips a record names, those of the largest margin."""
 
-FlipKind = Literal["tie", "near-tie", "divergence"]
+FlipKind = Literal["tie", "near-tie", "consequence", "divergence"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class RoutingLayer:
     """One layer over all tokens of all probes.
 
     same_order: the same experts in the same order; same_set: in any order, so it counts those as well; the rest are
-    ties + near_ties + diverged. margin_max, mass_mean: over the rest, None where nothing was flipped. router_error:
-    the largest difference of a log weight of the artifact's router from the reference's, both given the reference's
-    input. visits: tokens that the reference sends to each expert.
+    ties + near_ties + consequences + diverged. margin_max, mass_mean: over the rest, None where nothing was flipped.
+    router_error: the largest difference of a log weight of the artifact's router from the reference's, both given the
+    reference's input. visits: tokens that the reference sends to each expert.
     """
 
     layer: int
@@ -64,6 +65,7 @@ class RoutingLayer:
     same_set: int
     ties: int
     near_ties: int
+    consequences: int
     diverged: int
     margin_max: float | None
     mass_mean: float | None
@@ -92,8 +94,14 @@ class RoutingRecord:
         return sum(layer.diverged for layer in self.layers)
 
     @property
+    def flipped(self) -> int:
+        """Tokens x layers that go to other experts, whatever the reason."""
+        return sum(layer.tokens - layer.same_set for layer in self.layers)
+
+    @property
     def diverged_share(self) -> float | None:
-        """Share of tokens x layers whose experts differ beyond ties and near-ties; None where none was compared."""
+        """Share of tokens x layers whose experts differ by neither a tie nor a near-tie nor what follows from one; None
+        where none was compared."""
         return self.diverged / self.token_layers if self.token_layers else None
 
     @property
@@ -102,15 +110,39 @@ class RoutingRecord:
         return tuple((row.layer, e) for row in self.layers for e, visits in enumerate(row.visits) if not visits)
 
 
+def compare_layers(
+    logits: Sequence[Sequence[NDArray[np.float32]]],
+    experts: Sequence[Sequence[NDArray[np.int64]]],
+    router_errors: Sequence[float | None],
+) -> tuple[tuple[RoutingLayer, ...], tuple[Flip, ...]]:
+    """Every layer from the first on, and the WORST_FLIPS flips: `compare_layer`, a sequence of layers of probes each.
+
+    A flip changes what the layers above see at its position and, by attention, at all that follow.
+    """
+    reached: list[int | None] = [None] * len(experts[0])
+    layers: list[RoutingLayer] = []
+    worst: list[Flip] = []
+    for n, (of_reference, taken, error) in enumerate(zip(logits, experts, router_errors, strict=True)):
+        layer, flips = compare_layer(n, of_reference, taken, error, tuple(reached))
+        layers.append(layer)
+        worst = sorted([*worst, *flips], key=lambda flip: -flip.margin)[:WORST_FLIPS]
+        for flip in flips:
+            before = reached[flip.probe]
+            reached[flip.probe] = flip.position if before is None else min(before, flip.position)
+    return tuple(layers), tuple(worst)
+
+
 def compare_layer(
     layer: int,
     logits: Sequence[NDArray[np.float32]],
     experts: Sequence[NDArray[np.int64]],
     router_error: float | None,
+    reached: Sequence[int | None] | None = None,
 ) -> tuple[RoutingLayer, list[Flip]]:
     """logits: the reference's [n, E] a probe; experts: the artifact's [n, K] a probe. All flips, largest margin first.
 
-    Raises ValueError where shapes do not belong together.
+    reached: the first position of each probe at which a lower layer flipped, None where none did. Raises ValueError
+    where shapes do not belong together.
     """
     flips: list[Flip] = []
     same_order = same_set = 0
@@ -126,7 +158,11 @@ def compare_layer(
         same_set += int(in_set.sum())
         for position in np.flatnonzero(~in_set):
             row = of_reference[position].astype(np.float64)
-            flips.append(_flip(layer, probe, int(position), row, chosen[position], taken[position], router_error))
+            flip = _flip(layer, probe, int(position), row, chosen[position], taken[position], router_error)
+            first = None if reached is None else reached[probe]
+            if flip.kind == "divergence" and first is not None and position >= first:
+                flip = replace(flip, kind="consequence")
+            flips.append(flip)
     flips.sort(key=lambda flip: -flip.margin)
     kinds = [flip.kind for flip in flips]
     record = RoutingLayer(
@@ -136,6 +172,7 @@ def compare_layer(
         same_set=same_set,
         ties=kinds.count("tie"),
         near_ties=kinds.count("near-tie"),
+        consequences=kinds.count("consequence"),
         diverged=kinds.count("divergence"),
         margin_max=flips[0].margin if flips else None,
         mass_mean=float(np.mean([flip.mass for flip in flips])) if flips else None,

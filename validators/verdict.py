@@ -60,7 +60,7 @@ def judge(evidence: Evidence, gates: Gates) -> Verdict:
 def cases(evidence: Evidence, gates: Gates) -> list[Case]:
     """Every gate at every place, in the order of a report."""
     return [
-        *scenario_cases(evidence.scenarios, gates),
+        *scenario_cases(evidence.scenarios, gates.with_flips() if _flipped(evidence, gates) else gates),
         *_routing(evidence, gates),
         *_layers(evidence, gates),
         *_ranges(evidence, gates),
@@ -75,6 +75,14 @@ def _at_most(where: str, gate: str, measured: float | None, limit: float) -> Cas
 
 def _absent(where: str) -> Case:
     return Case(where, "measured", 0.0, 1.0, False)
+
+
+def _flipped(evidence: Evidence, gates: Gates) -> bool:
+    """Whether tokens changed experts, and no more of them diverged than may."""
+    routing = evidence.routing
+    if routing is None or not routing.flipped:
+        return False
+    return routing.diverged_share is not None and routing.diverged_share <= gates.max_diverged
 
 
 def scenario_cases(scenarios: Sequence[ScenarioResult], gates: Gates) -> Iterator[Case]:

@@ -3,7 +3,7 @@ ours."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,12 +117,11 @@ def import_results(settings: Settings, folder: Path, results: Path, effort: Effo
 
 
 def _cases(name: str, m: Metrics, report: ParityReport) -> list[Case]:
-    """The gates of a scenario, held to metrics that are not the report's own."""
+    """The gates of a scenario; the narrow ones, since nothing is known of where tokens went in this run."""
     from gptoss_export.validators.evidence import ScenarioResult
-    from gptoss_export.validators.verdict import cases
+    from gptoss_export.validators.verdict import scenario_cases
 
-    evidence = replace(report.evidence, scenarios=(ScenarioResult(name, 1, m),))
-    return [case for case in cases(evidence, report.gates) if case.where == name]
+    return [case for case in scenario_cases([ScenarioResult(name, 1, m)], report.gates) if case.where == name]
 
 
 def _report_or_none(folder: Path) -> ParityReport | None:

@@ -148,7 +148,8 @@ def test_a_factor_that_gates_nothing_or_everything(factor: float) -> None:
 
 
 def test_every_limit_can_be_set_by_hand() -> None:
-    assert {*GATE_NAMES, "spare_positions", "spare_kl"} == {field.name for field in fields(Gates)}
+    others = {"spare_positions", "spare_kl", "flip_kl_mean", "flip_logit_diff", "flip_top1"}
+    assert {*GATE_NAMES, *others} == {field.name for field in fields(Gates)}
     for name in GATE_NAMES:
         assert getattr(override(EXACT, {name: 0.5}), name) == 0.5
     assert override(EXACT, {}) == EXACT

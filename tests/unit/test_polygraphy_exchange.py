@@ -91,7 +91,7 @@ def test_polygraphy_reads_our_verdict(samples: Any, tmp_path: Path) -> None:
         assert found.stats() == (int(good), int(not good), 1)
     (found,) = AccuracyResults.load(str(tmp_path / "failing.json"))
     decode = found[("transformers", "onnxruntime 1.31.1")][0]["logits (decode)"]
-    assert (decode.max_absdiff, decode.thresholds.atol, bool(decode)) == (0.5, 1e-4, False)
+    assert (decode.max_absdiff, decode.thresholds.atol, bool(decode)) == (5.0, 1e-4, False)
 
 
 def saved_by_polygraphy(reference: Any, path: Path, noise: float = 0.0) -> None:

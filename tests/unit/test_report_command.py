@@ -43,7 +43,7 @@ def test_the_files_of_a_report_are_those_that_the_manifest_leaves_out() -> None:
         ("failing", 50, "FAIL: ort-cpu is not shown to be the model"),
         ("not_executed", 52, "NOT EXECUTED: the graph passes"),
         ("failing_graph", 50, "FAIL: trt-fp16"),
-        ("loosened", 0, "With loosened gates: max_logit_diff 1 (table 0.0001)"),
+        ("loosened", 0, "With loosened gates: max_logit_diff 6 (table 0.0001)"),
         ("largest", 50, "FAIL: trt-fp16"),
     ],
 )
@@ -62,10 +62,10 @@ def test_an_engine_that_was_not_executed_can_be_accepted(stored: Any) -> None:
 
 def test_the_verdict_by_other_gates(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
     failing, passing = stored("failing"), stored("passing")
-    given = ["--gate", "max-logit-diff=1", "--gate", "max_layer_error=0.5"]
+    given = ["--gate", "max-logit-diff=6", "--gate", "max_layer_error=0.5"]
     assert cli.main(["report", str(failing), *given]) == 0
     out = capsys.readouterr().out
-    assert "With loosened gates: max_logit_diff 1 (table 0.0001), max_layer_error 0.5 (table 1e-05)." in out
+    assert "With loosened gates: max_logit_diff 6 (table 0.0001), max_layer_error 0.5 (table 1e-05)." in out
     assert "Layer 1, attention" not in out, "a bisection goes by the gates that it was made with"
     assert cli.main(["report", str(passing), "--gate", "max-kl-mean=1e-14"]) == 50
     assert "max_kl_mean in prefill (1.3e-13, limit 1e-14)" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_as_json(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
         "layer 1 attention with cache",
     ]
     gates = {gate["gate"]: gate for gate in found["gates"]}
-    assert gates["max_logit_diff"]["measured"] == 0.5
+    assert gates["max_logit_diff"]["measured"] == 5.0
     assert gates["max_logit_diff"]["limit_from"] == "absolute"
 
 
@@ -151,7 +151,7 @@ def test_diff_fails_on_a_regression_and_says_which(stored: Any, capsys: pytest.C
     old, new = str(stored("passing")), str(stored("failing"))
     assert cli.main(["diff", old, new]) == 53
     captured = capsys.readouterr()
-    assert "regression: logit_diff_max in decode was 7.6e-06 and is 0.5, 6.58e+04 times as bad" in captured.out
+    assert "regression: logit_diff_max in decode was 7.6e-06 and is 5, 6.58e+05 times as bad" in captured.out
     assert "is worse than" in captured.err
     assert cli.main(["diff", new, old]) == 0
     assert "improvement: attention in layer 1 was 0.21" in capsys.readouterr().out

@@ -25,14 +25,14 @@ def test_the_verdict_comes_first(samples: Any) -> None:
     assert "worst mean KL 1.3e-13" in first
     first = first_line(samples.failing)
     assert first.startswith("**FAIL**: ort-cpu is not shown to be the model, over 414 positions: 3 gates not kept")
-    assert first.endswith("first max\\_logit\\_diff in decode (0.5, limit 0.0001).")
+    assert first.endswith("first max\\_logit\\_diff in decode (5, limit 4).")
     assert "first prefill: nothing was measured." in first_line(samples.not_measured)
     assert "1 gate not kept in 1 place, " in first_line(judged_again(samples.failing, {"max_layer_error": 1.0}))
 
 
 def test_loosened_gates_are_in_the_verdict_line(samples: Any) -> None:
     assert first_line(samples.loosened).endswith(
-        " With loosened gates: max\\_logit\\_diff 1 (table 0.0001), max\\_layer\\_error 0.5 (table 1e-05)."
+        " With loosened gates: max\\_logit\\_diff 6 (table 0.0001), max\\_layer\\_error 0.5 (table 1e-05)."
     )
     tightened = judged_again(samples.passing, {"max_kl_mean": 1e-12})
     assert "oosened" not in first_line(tightened)

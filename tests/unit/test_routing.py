@@ -13,6 +13,7 @@ from gptoss_export.validators.routing import (
     bfloat16_ulp,
     choose,
     compare_layer,
+    compare_layers,
     log_weight_error,
     same_experts,
 )
@@ -124,6 +125,43 @@ def test_the_reference_against_itself_never_flips(logits: np.ndarray, k: int) ->
 @given(arrays(np.float32, (4, 8), elements=st.floats(-50, 50, width=32)), st.permutations(range(8)), st.integers(1, 7))
 def test_every_token_is_counted_once(logits: np.ndarray, order: list[int], k: int) -> None:
     layer, flips = compare_layer(0, [logits], [np.tile(order[:k], (4, 1))], None)
-    assert layer.same_set + layer.ties + layer.near_ties + layer.diverged == layer.tokens == 4
+    assert (
+        layer.same_set + layer.ties + layer.near_ties + layer.diverged == layer.tokens == 4 and not layer.consequences
+    )
     assert layer.same_order <= layer.same_set
     assert all(flip.margin >= 0 and 0 <= flip.mass <= 1 for flip in flips)
+
+
+def layers_of(*taken: list[list[int]]):
+    """One probe of three positions through layers that took these experts; the reference takes 0 and 1 everywhere."""
+    logits = np.tile(LOGITS, (3, 1))
+    return compare_layers([[logits]] * len(taken), [[np.array(layer)] for layer in taken], [None] * len(taken))
+
+
+RIGHT, WRONG = [0, 1], [0, 4]
+
+
+def test_what_follows_a_flip_is_its_consequence() -> None:
+    layers, worst = layers_of([RIGHT, WRONG, RIGHT], [RIGHT, WRONG, WRONG], [WRONG, RIGHT, WRONG])
+    assert [(row.diverged, row.consequences) for row in layers] == [(1, 0), (0, 2), (1, 1)]
+    kinds = {(flip.layer, flip.position): flip.kind for flip in worst}
+    assert kinds == {
+        (0, 1): "divergence",
+        (1, 1): "consequence",
+        (1, 2): "consequence",  # of a position before it, by attention
+        (2, 0): "divergence",  # nothing before it flipped
+        (2, 2): "consequence",
+    }
+
+
+def test_a_flip_in_another_text_reaches_nothing() -> None:
+    logits = [[np.tile(LOGITS, (2, 1))] * 2] * 2
+    taken = [[np.array([WRONG, RIGHT]), np.array([RIGHT, RIGHT])], [np.array([RIGHT, RIGHT]), np.array([WRONG, RIGHT])]]
+    layers, _ = compare_layers(logits, taken, [None, None])
+    assert [(row.diverged, row.consequences) for row in layers] == [(1, 0), (1, 0)]
+
+
+def test_a_near_tie_stays_one_after_a_flip() -> None:
+    near = np.array([[4.0, 2.0, 2.0 - 2.0**-6, 0.0]], np.float32)
+    layers, _ = compare_layers([[near], [near]], [[np.array([[0, 3]])], [np.array([[0, 2]])]], [None, None])
+    assert [(row.near_ties, row.consequences, row.diverged) for row in layers] == [(0, 0, 1), (1, 0, 0)]

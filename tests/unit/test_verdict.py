@@ -11,7 +11,7 @@ import pytest
 
 from gptoss_export.validators.consistency import CHECKS
 from gptoss_export.validators.evidence import Evidence, ScenarioResult
-from gptoss_export.validators.gates import EXACT, Gates
+from gptoss_export.validators.gates import EXACT, GATES, Gates, override
 from gptoss_export.validators.scenarios import SCENARIOS
 from gptoss_export.validators.verdict import Failure, Verdict, cases, judge
 
@@ -37,6 +37,17 @@ def with_first(field: str, **changes: Any) -> Callable[[Evidence], Evidence]:
         return replace(evidence, **{field: (replace(first, **changes), *others)})
 
     return change
+
+
+@pytest.fixture
+def evidence(evidence: Evidence) -> Evidence:
+    """The good one without a flip, after which wider limits would hold."""
+    assert evidence.routing is not None
+    layers = [
+        replace(row, same_order=row.tokens, same_set=row.tokens, ties=0, margin_max=None, mass_mean=None)
+        for row in evidence.routing.layers
+    ]
+    return replace(evidence, routing=replace(evidence.routing, layers=tuple(layers), worst=()))
 
 
 def with_routing(**changes: Any) -> Callable[[Evidence], Evidence]:
@@ -195,3 +206,36 @@ def test_spare_positions_are_for_scenarios_too_short_for_a_share(evidence: Evide
 def test_what_was_measured_can_be_judged_by_other_limits(evidence: Evidence) -> None:
     assert judge(evidence, EXACT).passed
     assert not judge(evidence, replace(EXACT, max_kl_mean=1e-14)).passed
+
+
+def flipped(evidence: Evidence, **changes: int) -> Evidence:
+    """A token of layer 0 went to other experts."""
+    return with_routing(same_order=68, same_set=68, margin_max=1e-6, mass_mean=0.1, **changes)(evidence)
+
+
+def test_near_ties_widen_the_limits_of_scenarios_alone(evidence: Evidence) -> None:
+    off = with_metrics(evidence, kl_mean=9e-4, logit_diff_max=3.9, agreements=65, disagreements=3)
+    assert not judge(off, EXACT).passed
+    assert judge(flipped(off, near_ties=1), EXACT).passed
+    assert judge(flipped(off, ties=1), EXACT).passed
+    replayed = with_replay(kl_mean=1.1e-9)(flipped(evidence, near_ties=1))
+    assert {failure.where for failure in judge(replayed, EXACT).failures} == {"routing replay"}
+    assert not judge(flipped(with_metrics(evidence, kl_mean=1.1e-3), near_ties=1), EXACT).passed
+    assert not judge(flipped(with_metrics(evidence, logit_diff_max=4.1), near_ties=1), EXACT).passed
+
+
+def test_a_divergence_widens_nothing(evidence: Evidence) -> None:
+    off = flipped(with_metrics(evidence, kl_mean=9e-4), diverged=1)
+    assert {failure.gate for failure in judge(off, EXACT).failures} == {"max_diverged", "max_kl_mean"}
+
+
+@pytest.mark.parametrize("gate", ["max_kl_mean", "max_logit_diff", "min_top1_agreement"])
+def test_a_gate_set_by_hand_holds_for_flips_too(gate: str, evidence: Evidence) -> None:
+    gates = override(EXACT, {gate: getattr(EXACT, gate)})
+    off = flipped(with_metrics(evidence, kl_mean=9e-4), near_ties=1)
+    assert judge(off, EXACT).passed
+    assert not judge(off, gates).passed
+
+
+def test_a_floor_has_flips_in_it_already() -> None:
+    assert GATES["trt-fp16"].absolute.with_flips() == GATES["trt-fp16"].absolute

@@ -164,15 +164,17 @@ def flips_by_layer(report: ParityReport) -> Chart | None:
     parts = area.axes("layer", "share of tokens")
     for r in rows:
         base = 0.0
-        for kind, count in (("tie", r.ties), ("near-tie", r.near_ties), ("divergence", r.diverged)):
+        counts = (r.ties, r.near_ties, r.consequences, r.diverged)
+        for kind, count in zip(("tie", "near-tie", "consequence", "divergence"), counts, strict=True):
             if count:
                 parts.append(area.bar(r.layer - 0.38, r.layer + 0.38, base, base + count / r.tokens, kind))
             base += count / r.tokens
     legend = [
-        (kind, f"{text}, {percent(sum(counts) / routing.token_layers)} of all")
-        for kind, text, counts in (
+        (kind, f"{text}, {percent(sum(numbers) / routing.token_layers)} of all")
+        for kind, text, numbers in (
             ("tie", "ties", [r.ties for r in rows]),
             ("near-tie", "near-ties", [r.near_ties for r in rows]),
+            ("consequence", "consequences of a flip below", [r.consequences for r in rows]),
             ("divergence", "divergences", [r.diverged for r in rows]),
         )
     ]

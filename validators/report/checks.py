@@ -124,16 +124,17 @@ def _check_routing(routing: RoutingRecord, report: ParityReport, tokens: int) ->
         kinds[flip.layer, flip.kind] = kinds.get((flip.layer, flip.kind), 0) + 1
     for (layer, kind), count in kinds.items():
         row = rows[layer]
-        if count > {"tie": row.ties, "near-tie": row.near_ties}.get(kind, row.diverged):
+        counted = {"tie": row.ties, "near-tie": row.near_ties, "consequence": row.consequences}
+        if count > counted.get(kind, row.diverged):
             raise InvalidReport(f"layer {layer} has more flips of kind {kind} than it counts")
     _check_metrics("routing replay", routing.replay)
 
 
 def _check_routing_layer(row: RoutingLayer) -> None:
     where = f"routing of layer {row.layer}"
-    flipped = row.ties + row.near_ties + row.diverged
+    flipped = row.ties + row.near_ties + row.consequences + row.diverged
     if row.same_set + flipped != row.tokens or row.same_order > row.same_set:
-        raise InvalidReport(f"{where}: the same, ties, near-ties and divergences are not all tokens")
+        raise InvalidReport(f"{where}: the same, ties, near-ties, consequences and divergences are not all tokens")
     if any((figure is None) != (flipped == 0) for figure in (row.margin_max, row.mass_mean)):
         raise InvalidReport(f"{where}: a figure of flips is missing, or of none")
     visits = sum(row.visits)

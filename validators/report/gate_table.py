@@ -54,6 +54,9 @@ def gates_section(report: ParityReport) -> Section:
             f" {report.gates.spare_positions} of a scenario's positions may disagree whatever share that is, and add "
             f"{number(report.gates.spare_kl)} nats to its sum."
         )
+    routing = report.evidence.routing
+    if routing is not None and routing.flipped and report.gates.with_flips() != report.gates:
+        spare += " Scenarios have the wider limits of texts in which tokens changed experts."
     lead = (
         "Every gate holds at every place; here is the place of each that comes nearest to the limit, or is farthest "
         f"beyond it.{spare}"

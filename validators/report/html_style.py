@@ -77,7 +77,7 @@ svg text{font-size:12px;fill:var(--mute)}
 .mark.gate{stroke-dasharray:7 4}
 .mark.window{stroke-dasharray:2 4}
 .s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}.s6{--c:var(--s6)}
-.gate,.divergence{--c:var(--fail)}.window,.tie{--c:var(--mute)}.near-tie{--c:var(--s5)}
+.gate,.divergence{--c:var(--fail)}.window,.tie{--c:var(--mute)}.near-tie{--c:var(--s5)}.consequence{--c:var(--s2)}
 .h0{fill:var(--h0)}.h1{fill:var(--h1)}.h2{fill:var(--h2)}.h3{fill:var(--h3)}.h4{fill:var(--h4)}.h5{fill:var(--h5)}
 .hatch{fill:url(#hatching);stroke:var(--fail);stroke-width:.5}
 .hatch-line{stroke:var(--fail);stroke-width:1.6}

@@ -162,7 +162,7 @@ def _routing(report: ParityReport) -> Section | None:
             str(r.tokens),
             percent(r.same_order / r.tokens if r.tokens else None),
             percent(r.same_set / r.tokens if r.tokens else None),
-            *map(str, (r.ties, r.near_ties, r.diverged)),
+            *map(str, (r.ties, r.near_ties, r.consequences, r.diverged)),
             *map(number, (r.margin_max, r.mass_mean, r.router_error)),
             str(sum(visits == 0 for visits in r.visits)),
         )
@@ -177,8 +177,8 @@ def _routing(report: ParityReport) -> Section | None:
         for f in routing.worst
     ]
     lead = (
-        f"{percent(routing.diverged_share)} of {plural(routing.token_layers, 'token')} x layers go to other experts "
-        "beyond ties and near-ties. "
+        f"{routing.flipped:,} of {plural(routing.token_layers, 'token')} x layers go to other experts, "
+        f"{percent(routing.diverged_share)} by neither a tie nor a near-tie nor what follows from one. "
         + (
             f"Untested: {len(untested):,} of {cells:,} experts x layers, that no probe visits "
             f"({named(untested, NAMED)})."
@@ -186,7 +186,7 @@ def _routing(report: ParityReport) -> Section | None:
             else f"All {cells:,} experts x layers are visited."
         )
     )
-    shares = ("layer", "tokens", "same order", "same set", "ties", "near-ties", "divergences")
+    shares = ("layer", "tokens", "same order", "same set", "ties", "near-ties", "consequences", "divergences")
     head = (*shares, "largest margin", "mean mass", "router error", "untested experts")
     flip_head = ("layer", "probe, position", "kind", "left out", "taken", "margin", "mass")
     replay = [
