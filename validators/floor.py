@@ -16,7 +16,8 @@ from typing import Literal
 
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.progress import Progress
-from gptoss_export.validators.metrics import Accumulator, Metrics, Where
+from gptoss_export.validators.compare import compare_rows
+from gptoss_export.validators.metrics import Accumulator, Metrics
 from gptoss_export.validators.reference import BLOCK_POSITIONS, Reference, run_reference
 from gptoss_export.validators.reference_cache import reference_for
 from gptoss_export.validators.routing import choose, compare_layers
@@ -81,15 +82,9 @@ def run_floor(
         rounded = reference_for(checkpoint, files, reference.probes, dtype, cache=cache, progress=progress)
     accumulator = Accumulator()
     for index, probe in enumerate(reference.probes):
-        following = (*probe.ids[1:], None)
         for start in range(0, len(probe.ids), BLOCK_POSITIONS):
             stop = min(start + BLOCK_POSITIONS, len(probe.ids))
-            accumulator.add(
-                reference.logits(index, start, stop),
-                rounded.logits(index, start, stop),
-                where=[Where(index, position) for position in range(start, stop)],
-                following=following[start:stop],
-            )
+            compare_rows(reference, index, start, rounded.logits(index, start, stop), accumulator)
     token_layers, diverged = _routing(reference, rounded)
     return FloorRun(FloorRecord(dtype, accumulator.metrics(), token_layers, diverged), rounded)
 

@@ -8,20 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-OPS = (
-    "input_layernorm",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "attention",
-    "o_proj",
-    "post_attention_layernorm",
-    "router",
-    "experts",
-)
-"""A layer's operations in the order of computation. `attention` is what o_proj is given, `router` the router's
-logits, `experts` the weighted sum over the chosen experts."""
-
 EXPERT_PARTS = ("experts.gate_up", "experts.activation", "experts.down")
 """Inside one expert: W1 x + b1, what SwiGLU makes of it, W2 h + b2."""
 

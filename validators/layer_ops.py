@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gptoss_export.engines.inspector import OPS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-from gptoss_export.validators.layer_hooks import OPS, watch_ops
+from gptoss_export.validators.layer_hooks import watch_ops
 from gptoss_export.validators.streamed_layers import Loader, pad, stream_layer, streamed_model
 
 if TYPE_CHECKING:

@@ -9,14 +9,13 @@ A target in 16 bits also needs a noise floor in its type, measured over the same
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from gptoss_export.engines.inspector import Inspector
+from gptoss_export.engines.machine import describe_machine
 from gptoss_export.engines.runner import Runner
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.clock import now
@@ -114,12 +113,13 @@ def validate(
     bisection = None
     if with_bisection:
         bisection = bisect(subject.inspector, subject.checkpoint, reference, evidence, gates, progress=progress)
+    here = describe_machine()
     return ParityReport(
         schema_version=SCHEMA_VERSION,
         created_at=now(),
         command=tuple(command),
         versions=_versions(),
-        machine=Machine(platform.platform(), _cpu(), os.cpu_count() or 1),
+        machine=Machine(here.platform, here.cpu, here.cores),
         reference=reference.description,
         target=subject.target,
         engine=subject.engine,
@@ -228,13 +228,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _cpu() -> str:
-    """The processor's name as the kernel gives it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line)
-    return next(names, platform.machine())

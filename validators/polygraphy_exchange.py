@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gptoss_export.exporter.checkpoint.config import ModelConfig
 from gptoss_export.exporter.errors import PromptError
+from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.metrics import Accumulator, Metrics
 from gptoss_export.validators.polygraphy_json import CLASS, encode_array, write_results
 from gptoss_export.validators.probes import Probe
@@ -104,10 +105,7 @@ def measure_results(results: Iterable[tuple[str, NDArray[np.float32]]], referenc
                 again,
             )
         accumulator = accumulators.setdefault(runner, Accumulator())
-        for start in range(0, len(ids), BLOCK_POSITIONS):
-            stop = min(start + BLOCK_POSITIONS, len(ids))
-            following = [*ids[start + 1 : stop], ids[stop] if stop < len(ids) else None]
-            accumulator.add(reference.logits(index, start, stop), logits[0, start:stop], following=following)
+        compare_rows(reference, index, 0, logits[0], accumulator)
     if short := [runner for runner, count in seen.items() if count < len(reference.probes)]:
         raise PromptError(
             f"the results of {short[0][:80]!a} have {seen[short[0]]} iterations, and there are "

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptoss_export.engines.runner import KVCache, Logits, Runner, Step, Tokens
+from gptoss_export.engines.runner import KVCache, Runner, Step, Tokens
 from gptoss_export.exporter.errors import SessionError
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.evidence import ScenarioResult
-from gptoss_export.validators.metrics import Accumulator, PositionBucket, Where, WorstPosition
+from gptoss_export.validators.metrics import Accumulator, PositionBucket, WorstPosition
 from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.scenarios import Call, Case, Effort, plan
 
@@ -22,7 +23,6 @@ LIVE_BYTES = 104 << 20
 """Logits that one call of the engine may return: 135 positions of a vocabulary of 201088. Longer prefills
 are asked for in several pieces."""
 
-COMPARED_AT_ONCE = 64
 WORST = 10
 
 
@@ -94,7 +94,7 @@ def _run(runner: Runner, reference: Reference, case: Case, accumulator: Accumula
             shift = past[row] - first
             begin = max(first, call.width - kept)
             rows = step.logits[row, begin - (call.width - kept) : first + length - (call.width - kept)]
-            _compare(reference, probe, begin + shift, rows, accumulator)
+            compare_rows(reference, probe, begin + shift, rows, accumulator)
             past[row] += length
 
 
@@ -115,19 +115,4 @@ def _check(step: Step, shape: tuple[int, int, int]) -> None:
             f"the engine returned logits {step.logits.dtype} {list(step.logits.shape)} where float32 "
             f"{list(shape)} were asked for",
             "Report this as a bug: the engine's runner breaks its protocol.",
-        )
-
-
-def _compare(reference: Reference, probe: int, position: int, candidate: Logits, accumulator: Accumulator) -> None:
-    """Compares rows of one probe from that position on, a few at a time."""
-    ids: tuple[int | None, ...] = (*reference.probes[probe].ids, None)
-    for start in range(0, len(candidate), COMPARED_AT_ONCE):
-        rows = candidate[start : start + COMPARED_AT_ONCE]
-        at = position + start
-        places = range(at, at + len(rows))
-        accumulator.add(
-            reference.logits(probe, at, at + len(rows)),
-            rows,
-            where=[Where(probe, place) for place in places],
-            following=[ids[place + 1] for place in places],
         )

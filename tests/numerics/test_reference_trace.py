@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import GptOssForCausalLM, Mxfp4Config
 
+from gptoss_export.engines.inspector import OPS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import AccessError, DiskSpaceError
 from gptoss_export.validators import trace as trace_module
-from gptoss_export.validators.layer_hooks import EXPERT_PARTS, OPS
+from gptoss_export.validators.layer_hooks import EXPERT_PARTS
 from gptoss_export.validators.layer_ops import layer_ops
 from gptoss_export.validators.probes import Probe, default_probes
 from gptoss_export.validators.reference import Reference, run_reference
