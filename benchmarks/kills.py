@@ -2,10 +2,11 @@
 
     python benchmarks/kills.py --model tests/data/tiny-gpt-oss --kills 50
 
-An export is started and sent SIGKILL, SIGINT or SIGTERM up to two seconds after the start or after a line of its
-progress, which is drawn as well, since one stage takes most of the time. The same command follows, is killed in turn,
-and so on until one ends by itself. Its folder has to be, file by file, that of an export that nobody killed;
-SOURCE_DATE_EPOCH fixes the time stamps. Prints a table in Markdown; exits 1 when something was lost.
+An export is started and sent SIGKILL, SIGINT or SIGTERM: half of them at any moment of the time that a whole one takes,
+half within a fifth of a second after a line of its progress, since one stage takes most of the time. The same command
+follows, is killed in turn, and so on until one ends by itself. Its folder has to be, file by file, that of an export
+that nobody killed; SOURCE_DATE_EPOCH fixes the time stamps. Prints a table in Markdown; exits 1 when something was
+lost.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 14
 PARTIAL = ".release.partial"
 IMPORT_SECONDS = 0.5
 """Before the command line is read, a signal does what it does to every Python program."""
+AFTER_LINE_SECONDS = 0.2
 DONE = re.compile(r"^(.+): done in ", re.MULTILINE)
 
 
@@ -100,11 +102,19 @@ def wait(child: subprocess.Popen[bytes], log: Path, lines: int, seconds: float) 
     return False
 
 
-def kill_once(command: list[str], out: Path, log: Path, draw: random.Random, lines: int, tally: Tally) -> bool:
+def moment(draw: random.Random, lines: int, whole: float) -> tuple[int, float]:
+    """When to kill: after so many lines of progress, and so many seconds after that."""
+    if draw.random() < 0.5:
+        return 0, draw.uniform(IMPORT_SECONDS, whole)
+    return draw.randint(1, lines), draw.uniform(0, AFTER_LINE_SECONDS)
+
+
+def kill_once(
+    command: list[str], out: Path, log: Path, when: tuple[int, float], number: signal.Signals, tally: Tally
+) -> bool:
     """One attempt; whether it was cut off."""
-    number = draw.choice(list(CODES))
     child = start(command, log)
-    if wait(child, log, draw.randint(0, lines), draw.uniform(IMPORT_SECONDS, 2.0)):
+    if wait(child, log, *when):
         child.send_signal(number)
         sent = time.monotonic()
         code = child.wait(timeout=60)
@@ -114,10 +124,11 @@ def kill_once(command: list[str], out: Path, log: Path, draw: random.Random, lin
         if number != signal.SIGKILL:
             tally.seconds.append(took)
         tally.kills[stage_of(log), number.name] += 1
+        written = log.read_text(errors="replace")
         if code not in (CODES[number], -number):
-            tally.faults.append(f"{number.name} gave exit code {code}: {log.read_text(errors='replace')[-300:]}")
-        if "Traceback" in log.read_text(errors="replace"):
-            tally.faults.append(f"{number.name} printed a traceback")
+            tally.faults.append(f"{number.name} gave exit code {code}: {written[-300:]}")
+        if "Traceback" in written:
+            tally.faults.append(f"{number.name} printed a traceback: {written[-3000:]}")
         if (out / "manifest.json").exists() and hashes(out).keys() != tally.names:
             tally.faults.append("a manifest stood in a folder that was not complete")
         return True
@@ -155,7 +166,8 @@ def main() -> int:
         tally.names = frozenset(expected)
         print(f"a whole export takes {whole:.1f} s", file=sys.stderr)
         while sum(tally.kills.values()) < options.kills and time.monotonic() - started < 60 * options.minutes:
-            while kill_once([*command, str(out)], out, log, draw, lines, tally):
+            attempt = [*command, str(out)]
+            while kill_once(attempt, out, log, moment(draw, lines, whole), draw.choice(list(CODES)), tally):
                 tally.resumed += (out.parent / PARTIAL / "journal.json").exists()
             tally.finished += 1
             if (found := hashes(out)) != expected:

@@ -4,6 +4,7 @@
     for chunk in inspector.route(ids, rows=64): ...                     # whole model: logits and every router's choice
     for n in range(inspector.num_layers):                               # one layer in memory at a time
         out = inspector.layer(n).run(hidden[n], residual[n], ops=True)
+    for chunk in inspector.ends().run(ids, hidden[-1], rows=64): ...    # the embedding, the last norm and lm_head
 
 What runs is the artifact's own graph with its own weights and kernels; only its inputs are exchanged and more of its
 values are given out.
@@ -65,6 +66,29 @@ class LayerOutputs:
     types: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class EndsChunk:
+    """What m positions of a text from `start` on enter the first layer with, and what is made of the last one's.
+
+    embedding, norm [m, H] and logits [m, V], float32: the embedding of `ids`, the final norm and lm_head of `last`.
+    """
+
+    start: int
+    embedding: NDArray[np.float32]
+    norm: NDArray[np.float32]
+    logits: Logits
+
+
+class EndsInspector(Protocol):
+    """What is no layer: the embedding before them, the final norm and lm_head behind them."""
+
+    def run(self, ids: Tokens, last: NDArray[np.float32], *, rows: int) -> Iterator[EndsChunk]:
+        """Runs these on ids [n] and on last [n, H], the residual stream behind the last layer, at most `rows` positions
+        a call. Raises PromptError for ids that the model cannot take, ValueError where the two do not fit.
+        """
+        ...
+
+
 class LayerInspector(Protocol):
     """One layer of an artifact."""
 
@@ -104,4 +128,8 @@ class Inspector(Protocol):
 
     def layer(self, index: int) -> LayerInspector:
         """That layer alone. It holds one layer's memory: the caller drops it before it takes the next."""
+        ...
+
+    def ends(self) -> EndsInspector:
+        """The embedding, the final norm and lm_head. They hold their own memory until the caller drops them."""
         ...

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -87,6 +87,7 @@ def prompt_end() -> Iterator[None]:
     watcher = threading.Thread(target=_watch, args=(reader, ended), name="signals", daemon=True)
     watcher.start()
     _received.clear()
+    before_hook, sys.unraisablehook = sys.unraisablehook, _unraisable(sys.unraisablehook)
     try:
         yield
     except Exception as error:
@@ -95,6 +96,7 @@ def prompt_end() -> Iterator[None]:
         raise (Terminated if number == signal.SIGTERM else KeyboardInterrupt) from error
     finally:
         ended.set()
+        sys.unraisablehook = before_hook
         _received.clear()
         signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():
@@ -102,6 +104,18 @@ def prompt_end() -> Iterator[None]:
         os.close(writer)  # the watcher reads the end of the pipe
         watcher.join()
         os.close(reader)
+
+
+def _unraisable(other: Callable[[sys.UnraisableHookArgs], object]) -> Callable[[sys.UnraisableHookArgs], object]:
+    """A hook that is silent about a signal's exception that a destructor or a callback has swallowed: the watcher ends
+    the process then, and a user has no need of a traceback.
+    """
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> object:
+        is_ours = received() is not None and issubclass(unraisable.exc_type, Terminated | KeyboardInterrupt)
+        return None if is_ours else other(unraisable)
+
+    return hook
 
 
 def _watch(reader: int, ended: threading.Event) -> None:

@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 from gptoss_export.engines.inspector import OPS, Inspector, LayerInspector, LayerOutputs
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.deviation import Deviation
+from gptoss_export.validators.ends import EndsRecord, failing_ends
 from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.gates import Gates
 from gptoss_export.validators.layer_ops import layer_ops
-from gptoss_export.validators.layers import Bisection, Deviation, Finding, LayerRecord, cached_calls, failing_halves
+from gptoss_export.validators.layers import Bisection, Finding, LayerRecord, cached_calls, failing_halves
 from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.routing import log_weight_error, same_experts
 from gptoss_export.validators.verdict import judge
 from gptoss_export.validators.whose import blame_attention, blame_cache, blame_experts
 
 ATTENTION_OPS = OPS[: OPS.index("o_proj") + 1]
+
+_ENDS = {"embedding": "The embedding", "norm": "The final norm", "lm_head": "lm_head"}
 
 Array = NDArray[np.float32]
 
@@ -40,17 +44,26 @@ def bisect(
     *,
     progress: Progress | None = None,
 ) -> Bisection:
-    """What is wrong in every layer that is beyond its gate, and the first of it in a sentence.
+    """What is wrong in every layer that is beyond its gate, before them and behind them; the first of it in a sentence.
 
     evidence: as measured with this inspector against this reference. Raises what the inspector and transformers raise.
     """
     failing = [(r, halves) for r in evidence.layers if (halves := _halves(r, gates))]
-    findings: list[Finding] = []
+    before, behind = ([], []) if evidence.ends is None else _ends_findings(evidence.ends, gates.max_layer_error)
+    findings = before
     with (progress or SilentProgress()).task("bisect", total=len(failing)) as task:
         for record, halves in failing:
             findings += _explain(inspector.layer(record.layer), checkpoint, reference, record, halves, gates)
             task.advance(1)
+    findings += behind
     return Bisection(tuple(findings), _sentence(findings, evidence, gates))
+
+
+def _ends_findings(record: EndsRecord, limit: float) -> tuple[list[Finding], list[Finding]]:
+    """Before the layers and behind them; lm_head inherits what the final norm does wrong."""
+    errors = {"embedding": record.embedding, "norm": record.norm, "lm_head": record.lm_head}
+    found = [Finding(None, "ends", op, errors[op], limit, "") for op in failing_ends(record, limit)]
+    return [f for f in found if f.op == "embedding"], [f for f in found if f.op != "embedding"][:1]
 
 
 def _halves(record: LayerRecord, gates: Gates) -> Sequence[str]:
@@ -191,10 +204,11 @@ def _sentence(findings: Sequence[Finding], evidence: Evidence, gates: Gates) -> 
     if findings:
         f = findings[0]
         what = f.op + (f" ({f.detail})" if f.detail else "")
+        where = _ENDS[f.op] if f.layer is None else f"Layer {f.layer}, {what}"
         error = "no figure, it is not finite," if f.error is None else f"error {f.error:.2g}"
-        layers = len({finding.layer for finding in findings})
+        layers = len({finding.layer for finding in findings} - {None})
         return (
-            f"Layer {f.layer}, {what}: {error} where {f.limit:.2g} is allowed; "
+            f"{where}: {error} where {f.limit:.2g} is allowed; "
             f"{layers} of {evidence.num_layers} layers are beyond their gate."
         )
     verdict = judge(evidence, gates)
@@ -205,5 +219,5 @@ def _sentence(findings: Sequence[Finding], evidence: Evidence, gates: Gates) -> 
         where = ", ".join(dict.fromkeys(f.where for f in verdict.failures))
         return f"Every layer keeps its gate and so does a prefill: what is wrong shows in {where} only."
     if "routing replay" in failing:
-        return "Every layer keeps its gate, and the whole does not: the embedding, the last norm or lm_head."
+        return "Every layer and both ends keep their gates, and the whole does not: what hands on between them."
     return "Every layer keeps its gate, and with the reference's routing so does the whole: flips of experts alone."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptoss_export.validators.consistency import ConsistencyCheck
+from gptoss_export.validators.ends import EndsRecord
 from gptoss_export.validators.layers import LayerRecord
 from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.ranges import RangeRecord
@@ -32,6 +33,7 @@ class Evidence:
     scenarios: tuple[ScenarioResult, ...]
     routing: RoutingRecord | None
     layers: tuple[LayerRecord, ...]
+    ends: EndsRecord | None
     ranges: tuple[RangeRecord, ...]
     consistency: tuple[ConsistencyCheck, ...]
     looked_into: str

@@ -25,7 +25,7 @@ class Gates:
     scenario's sum, because where rounding exchanges an expert one position makes the whole mean. A replay of the
     reference's routing keeps the same limits.
     Of every layer, given the reference's input: max_layer_error, relative, of either half; max_router_error on a log
-    weight of the router.
+    weight of the router. Of the embedding, the final norm and lm_head: max_layer_error as well.
     Of all tokens x layers: max_diverged, the share whose experts differ beyond ties and near-ties.
     Of the number format: min_headroom_bits between the largest value and the type's limit.
     Of the engine against itself: max_self_diff on logits by another way, max_repeat_diff of the same call twice.

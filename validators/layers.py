@@ -12,17 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gptoss_export.engines.inspector import Inspector, LayerInspector, LayerOutputs
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.deviation import Deviation
 from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.routing import log_weight_error, same_experts
 
 CACHED_STEPS = 6
 """Positions that come out of the cache, around the window's edge."""
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,11 @@ class LayerRecord:
 class Finding:
     """What a bisection says of one layer: the first operation beyond the gate, by how much, and what speaks for it.
 
-    half: attention or experts. op: a name of OPS, with what narrows it down in words (`attention: the window`).
+    half: attention or experts. op: a name of OPS, with what narrows it down in words (`attention: the window`). layer:
+    None for what is none: half is `ends` then, and op embedding, norm or lm_head.
     """
 
-    layer: int
+    layer: int | None
     half: str
     op: str
     error: float | None
@@ -93,35 +92,6 @@ def cached_calls(length: int, window: int) -> tuple[int, ...]:
     """A prefill up to two tokens before the window's edge, then single steps across it; shorter for a short text."""
     first = max(1, min(window - 2, length - CACHED_STEPS))
     return (first, *[1] * min(CACHED_STEPS, length - first))
-
-
-class Deviation:
-    """Sums of squares of a difference and of what it is relative to, over finite values."""
-
-    def __init__(self) -> None:
-        self._difference = self._size = 0.0
-        self.values = self.non_finite = 0
-
-    def add(self, found: Array, expected: Array, before: Array | None = None) -> None:
-        """before: what was there already, so that the size is that of what was added to it."""
-        difference = found.astype(np.float64) - expected
-        bad = int((~np.isfinite(difference)).sum())
-        self.non_finite += bad
-        self.values += difference.size
-        if bad:
-            return
-        self._difference += float(np.square(difference).sum())
-        added = expected.astype(np.float64) if before is None else expected.astype(np.float64) - before
-        self._size += float(np.square(added).sum())
-
-    @property
-    def relative(self) -> float | None:
-        """Root mean square of the difference over that of the size; None where nothing finite was compared."""
-        if self.non_finite or not self.values:
-            return None
-        if self._size == 0.0:
-            return 0.0 if self._difference == 0.0 else None
-        return float(np.sqrt(self._difference / self._size))
 
 
 def _measure(

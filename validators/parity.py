@@ -23,6 +23,7 @@ from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.validators.bisect import bisect
 from gptoss_export.validators.consistency import measure_consistency
+from gptoss_export.validators.ends import measure_ends
 from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
 from gptoss_export.validators.gates import GatePolicy, override
@@ -146,6 +147,7 @@ def _look_into(
     meter = RangeMeter(reference.trace.peaks)
     rows = live_rows(reference.vocab_size)
     layers = measure_layers(subject.inspector, reference, meter.add, progress=progress)
+    ends = measure_ends(subject.inspector, reference, rows, progress=progress)
     errors = [record.router for record in layers]
     routing = measure_routing(subject.inspector, reference, errors, rows, progress=progress)
     consistency = measure_consistency(
@@ -164,6 +166,7 @@ def _look_into(
         scenarios=run.results,
         routing=routing,
         layers=layers,
+        ends=ends,
         ranges=meter.records(subject.checkpoint),
         consistency=consistency,
         looked_into=subject.inspector.description,

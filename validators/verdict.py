@@ -63,6 +63,7 @@ def cases(evidence: Evidence, gates: Gates) -> list[Case]:
         *scenario_cases(evidence.scenarios, gates.with_flips() if _flipped(evidence, gates) else gates),
         *_routing(evidence, gates),
         *_layers(evidence, gates),
+        *_ends(evidence, gates),
         *_ranges(evidence, gates),
         *_consistency(evidence, gates),
     ]
@@ -137,6 +138,16 @@ def _layer(record: LayerRecord, gates: Gates) -> Iterator[Case]:
     yield _at_most(f"{where} attention with cache", "max_layer_error", record.cached, gates.max_layer_error)
     yield _at_most(f"{where} router", "max_router_error", record.router, gates.max_router_error)
     yield _at_most(f"{where} experts", "max_layer_error", record.experts, gates.max_layer_error)
+
+
+def _ends(evidence: Evidence, gates: Gates) -> Iterator[Case]:
+    record = evidence.ends
+    if record is None or record.tokens < 1:
+        yield _absent("ends")
+        return
+    yield _at_most("ends", "non_finite", float(record.non_finite), 0.0)
+    for where, error in (("embedding", record.embedding), ("final norm", record.norm), ("lm_head", record.lm_head)):
+        yield _at_most(where, "max_layer_error", error, gates.max_layer_error)
 
 
 def _ranges(evidence: Evidence, gates: Gates) -> Iterator[Case]:

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is no layer. embed: the node that looks up the embedding. pick: the one that takes the positions whose
+    logits are wanted out of the residual stream behind the last layer. norm: what the final norm makes of them.
+    """
+
+    embed: ir.Node
+    pick: ir.Node
+    norm: ir.Value
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,19 @@ def find_layer(graph: ir.Graph, index: int) -> Layer:
     ops = {"input_layernorm": first.outputs[0], **projections, "attention": attention, "o_proj": projected}
     ops |= {"post_attention_layernorm": second.outputs[0], "experts": summed}
     return Layer(hidden, residual, joins[0].outputs[0], moe, ops)
+
+
+def find_ends(model: ir.Model) -> Ends:
+    """Raises GraphError for a graph that is none of ours."""
+    graph = model.graph
+    embed = next((n for n in graph if n.op_type == "Gather" and n.inputs[0] and n.inputs[0].name == EMBEDDING), None)
+    if embed is None:
+        raise unlike_ours("no embedding")
+    last = find_layer(graph, count_layers(model) - 1)
+    pick = next((node for node in last.output.consumers() if node.op_type in ("Slice", "Gather")), None)
+    if pick is None:
+        raise unlike_ours("nothing that picks the positions whose logits are wanted")
+    return Ends(embed, pick, _norm(graph, FINAL_NORM).outputs[0])
 
 
 def _norm(graph: ir.Graph, weight: str) -> ir.Node:

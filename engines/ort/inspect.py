@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_export.engines.external_data import read_model
-from gptoss_export.engines.inspector import LayerOutputs, RoutedChunk
+from gptoss_export.engines.inspector import EndsChunk, LayerOutputs, RoutedChunk
 from gptoss_export.engines.ort import anatomy, taps
 from gptoss_export.engines.ort.run import runner_on
 from gptoss_export.engines.ort.session import MODEL_FILE, describe, start
@@ -125,11 +125,7 @@ class GraphInspector:
 
     def route(self, ids: Tokens, *, experts: NDArray[np.int64] | None = None, rows: int) -> Iterator[RoutedChunk]:
         """See `engines.inspector.Inspector`. The session is kept for the next text, until a layer is asked for."""
-        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise PromptError(
-                f"token ids of shape {ids.shape} that are none, or not all in the vocabulary",
-                f"Give at least one, from 0 to {self._vocab_size - 1}.",
-            )
+        _check_ids(ids, self._vocab_size)
         tables: dict[str, NDArray[Any]] = {taps.TOKENS: ids.astype(np.int64)}
         if experts is not None:
             if experts.ndim != 3 or experts.shape[:2] != (len(ids), self._layers):
@@ -146,6 +142,12 @@ class GraphInspector:
         self._whole = None
         tapped = taps.cut_layer(self._model.clone(), index, token_rows=self._backend.token_rows)
         return OneLayer(tapped, *_open(tapped, self._backend))
+
+    def ends(self) -> OpenEnds:
+        """See `engines.inspector.Inspector`. Raises SessionError, GraphError."""
+        self._whole = None
+        tapped = taps.cut_ends(self._model.clone(), token_rows=self._backend.token_rows)
+        return OpenEnds(tapped, *_open(tapped, self._backend), self._vocab_size)
 
     def _route(self, tables: Mapping[str, NDArray[Any]], count: int, rows: int) -> Iterator[RoutedChunk]:
         whole = self._open_whole(taps.REPLAY in tables)
@@ -208,6 +210,37 @@ class OneLayer:
             experts=taken[self._taps[taps.EXPERTS]].astype(np.int64),
             ops={name: taken[self._taps[name]] for name in self._types} if ops else {},
             types=self._types,
+        )
+
+
+class OpenEnds:
+    """See `engines.inspector.EndsInspector`."""
+
+    def __init__(self, tapped: taps.Tapped, session: TappedSession, runner: Runner, vocab_size: int) -> None:
+        (self._taps,), self._vocab_size = tapped.taps, vocab_size
+        self._session, self._runner = session, runner
+
+    def run(self, ids: Tokens, last: NDArray[np.float32], *, rows: int) -> Iterator[EndsChunk]:
+        """See `engines.inspector.EndsInspector`."""
+        _check_ids(ids, self._vocab_size)
+        if last.ndim != 2 or len(last) != len(ids):
+            raise ValueError(f"{len(ids)} ids and {last.shape} of the last layer")
+        tables: dict[str, NDArray[Any]] = {taps.TOKENS: ids.astype(np.int64), taps.HIDDEN: last.astype(np.float32)}
+        self._session.feed(tables, [self._taps[name] for name in (taps.EMBEDDED, taps.NORMED)])
+        cache: KVCache | None = None
+        for start_at in range(0, len(ids), rows):
+            indexes = np.arange(start_at, min(start_at + rows, len(ids)))
+            step = self._runner.forward(indexes[None], cache=cache, keep=0)
+            cache, taken = step.cache, self._session.take()
+            embedding, norm = (taken[self._taps[name]] for name in (taps.EMBEDDED, taps.NORMED))
+            yield EndsChunk(start_at, embedding, norm, step.logits[0])
+
+
+def _check_ids(ids: Tokens, vocab_size: int) -> None:
+    if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= vocab_size:
+        raise PromptError(
+            f"token ids of shape {ids.shape} that are none, or not all in the vocabulary",
+            f"Give at least one, from 0 to {vocab_size - 1}.",
         )
 
 

@@ -5,6 +5,7 @@ on the whole one, however it cuts a text into calls:
 
     whole model   token_ids [n] int64; for a replay, replayed_experts [n, L, K] int64
     one layer     hidden [n, H], residual [n, H] float32: the streams before attention and before the experts
+    its ends      token_ids [n] int64, hidden [n, H] float32: the stream behind the last layer
 
 Weights stay where they are: nothing here reads one.
 """
@@ -19,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_export.engines.ort.anatomy import (
-    EMBEDDING,
     Layer,
     count_layers,
+    find_ends,
     find_layer,
     first_dim,
     graph_input,
@@ -40,6 +41,9 @@ TOKENS, REPLAY, HIDDEN, RESIDUAL = "token_ids", "replayed_experts", "hidden", "r
 
 WEIGHTS, EXPERTS, ATTENTION, OUTPUT = "router_weights", "router_experts", "attention_residual", "layer_output"
 """What a layer gives out beside the operations, which go by their names in `engines.inspector.OPS`."""
+
+EMBEDDED, NORMED = "embedded", "final_norm"
+"""What the ends give out."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,7 @@ def tap_model(model: ir.Model, *, replay: bool, token_rows: bool) -> Tapped:
 
     graph, ids = model.graph, graph_input(model, "input_ids")
     layers = [find_layer(graph, n) for n in range(count_layers(model))]
-    embed = next((n for n in graph if n.op_type == "Gather" and n.inputs[0] and n.inputs[0].name == EMBEDDING), None)
-    if embed is None:
-        raise unlike_ours("no embedding")
-    tokens = _table(graph, TOKENS, ir.DataType.INT64, ("table_rows",))
-    embed.replace_input_with(1, _before(embed, "Gather", [tokens, ids], "looked_up_ids", ir.DataType.INT64))
+    _look_up_tokens(graph, find_ends(model).embed)
     if replay:
         table = _table(graph, REPLAY, ir.DataType.INT64, ("table_rows", len(layers), "top_k"))
         chosen = _look_up(graph, table, _indexes(graph, ids, token_rows))
@@ -84,14 +84,9 @@ def cut_layer(model: ir.Model, index: int, *, token_rows: bool) -> Tapped:
     Its first output is OUTPUT once more, of the positions whose logits are asked for. Raises GraphError.
     """
     import onnx_ir as ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = model.graph
-    last = find_layer(graph, count_layers(model) - 1)
-    layer = find_layer(graph, index)
-    kept = next((node for node in last.output.consumers() if node.op_type in ("Slice", "Gather")), None)
-    if kept is None:
-        raise unlike_ours("nothing that picks the positions whose logits are wanted")
+    layer, kept = find_layer(graph, index), find_ends(model).pick
     hidden_size = first_dim(model, f"model.layers.{index}.input_layernorm.weight")
     tables = [_table(graph, name, ir.DataType.FLOAT, ("table_rows", hidden_size)) for name in (HIDDEN, RESIDUAL)]
     indexes = _indexes(graph, graph_input(model, "input_ids"), token_rows)
@@ -101,20 +96,64 @@ def cut_layer(model: ir.Model, index: int, *, token_rows: bool) -> Tapped:
     rank = 2 if token_rows else 3
     kept.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     kept.outputs[0].shape = ir.Shape([*[None] * (rank - 1), hidden_size])
-    presents = [value for value in graph.outputs if (value.name or "").startswith(f"present.{index}.")]
-    graph.outputs[:] = [kept.outputs[0], *presents]
+    _only_layer(model, index, kept.outputs[0])
     shown = {ATTENTION: layer.residual, OUTPUT: layer.output, **_routing(layer), **layer.ops}
     taps = {name: _tap(graph, value, rank) for name, value in shown.items()}
     types = {name: narrowest(value) for name, value in layer.ops.items()}
-    RemoveUnusedNodesPass()(model)
-    # Caches of other layers, and of an engine's weights those that it takes as inputs.
-    gone = ("past_key_values.", "model.")
-    graph.inputs[:] = [v for v in graph.inputs if v.uses() or not (v.name or "").startswith(gone)]
+    _drop_unused(model)
+    return Tapped(model, (HIDDEN, RESIDUAL), (taps,), types)
+
+
+def cut_ends(model: ir.Model, *, token_rows: bool) -> Tapped:
+    """What is no layer, of a model that is changed: it shows EMBEDDED of TOKENS and NORMED of HIDDEN.
+
+    Its first output is the logits of HIDDEN. Attention of the first layer stays, because runners want a cache. Raises
+    GraphError.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    ends, first = find_ends(model), find_layer(graph, 0)
+    _look_up_tokens(graph, ends.embed)
+    hidden_size = first_dim(model, "model.layers.0.input_layernorm.weight")
+    table = _table(graph, HIDDEN, ir.DataType.FLOAT, ("table_rows", hidden_size))
+    indexes = _indexes(graph, graph_input(model, "input_ids"), token_rows)
+    ends.pick.replace_input_with(0, _look_up(graph, table, indexes))
+    _only_layer(model, 0, graph.outputs[0])
+    first.hidden.type = ir.TensorType(ir.DataType.FLOAT)  # the residual stream is float32 in every target
+    rank = 2 if token_rows else 3
+    shown = {EMBEDDED: first.hidden, NORMED: ends.norm}
+    taps = {name: _tap(graph, value, rank) for name, value in shown.items()}
+    _drop_unused(model)
+    return Tapped(model, (TOKENS, HIDDEN), (taps,), {})
+
+
+def _look_up_tokens(graph: ir.Graph, embed: ir.Node) -> None:
+    """Has the embedding read TOKENS where `input_ids` point."""
+    import onnx_ir as ir
+
+    tokens = _table(graph, TOKENS, ir.DataType.INT64, ("table_rows",))
+    ids = _before(embed, "Gather", [tokens, embed.inputs[1]], "looked_up_ids", ir.DataType.INT64)
+    embed.replace_input_with(1, ids)
+
+
+def _only_layer(model: ir.Model, index: int, first: ir.Value) -> None:
+    """Leaves the outputs `first` and that layer's caches, and its window among those that the model names."""
+    outputs = model.graph.outputs
+    outputs[:] = [first, *(value for value in outputs if (value.name or "").startswith(f"present.{index}."))]
     if (windows := model.metadata_props.get(WINDOWS_KEY)) is not None:
         if len(each := windows.split(",")) <= index:
             raise unlike_ours(f"no window of layer {index}")
         model.metadata_props[WINDOWS_KEY] = each[index]
-    return Tapped(model, (HIDDEN, RESIDUAL), (taps,), types)
+
+
+def _drop_unused(model: ir.Model) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+    # Caches of other layers, and of an engine's weights those that it takes as inputs.
+    gone, inputs = ("past_key_values.", "model."), model.graph.inputs
+    inputs[:] = [value for value in inputs if value.uses() or not (value.name or "").startswith(gone)]
 
 
 def _routing(layer: Layer) -> dict[str, ir.Value]:

@@ -1,4 +1,4 @@
-"""Twelve faults, each as small as such a fault is: a gate catches each, the bisection names layer and operation.
+"""Fifteen faults, each as small as such a fault is: a gate catches each, the bisection names layer and operation.
 
 What each run found is printed as a matrix at the end.
 """
@@ -42,7 +42,7 @@ class Fault:
 
     name: str
     change: Change
-    layer: int
+    layer: int | None
     op: str
     says: str = ""
     target: str = "ort-cpu"
@@ -154,6 +154,23 @@ def _forget(model: ir.Model, node: ir.Node, index: int, kept: int) -> ir.Value:
     return joined
 
 
+def embedding_of_one_token(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
+    token = default_probes(checkpoint, "quick")[0].ids[0]
+    rows = tensor(checkpoint, folder, "model.embed_tokens.weight").view(ml_dtypes.bfloat16)
+    rows[token] = rows[token].astype(np.float32) * 2
+    rows.flush()
+
+
+def norm_of_one_channel(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
+    tensor(checkpoint, folder, "model.norm.weight")[:2] = 0
+
+
+def head_of_one_token(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
+    rows = tensor(checkpoint, folder, "lm_head.weight").view(ml_dtypes.bfloat16)
+    rows[17] = rows[17].astype(np.float32) * 2
+    rows.flush()
+
+
 FAULTS = (
     Fault("wrong alpha", wrong_alpha, 1, "experts", "all experts"),
     Fault("window off by one", window_off_by_one, 2, "attention", "the window"),
@@ -166,7 +183,13 @@ FAULTS = (
     Fault("one expert's scale", scale_off_by_one, 1, "experts", f"expert {EXPERT}:"),
     Fault("one bias dropped", bias_dropped, 2, "v_proj"),
     Fault("cache off by one", cache_off_by_one, 2, "attention", "its cache", "onnx"),
+    Fault("one token's embedding", embedding_of_one_token, None, "embedding"),
+    Fault("one channel of the last norm", norm_of_one_channel, None, "norm"),
+    Fault("one token's row of lm_head", head_of_one_token, None, "lm_head"),
 )
+
+
+ENDS = {"embedding": "The embedding:", "norm": "The final norm:", "lm_head": "lm_head:"}
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +252,11 @@ def test_a_fault_is_caught_and_named(
     first = report.bisection.findings[0]
     assert (first.layer, first.op) == (fault.layer, fault.op), report.bisection.sentence
     assert first.detail.startswith(fault.says)
-    assert f"Layer {fault.layer}, {fault.op}" in report.bisection.sentence
+    named = f"Layer {fault.layer}, {fault.op}" if fault.layer is not None else ENDS[fault.op]
+    assert report.bisection.sentence.startswith(named)
+    if fault.layer is None:
+        assert report.bisection.sentence.endswith("0 of 4 layers are beyond their gate.")
+        assert len(report.bisection.findings) == 1
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu"])
@@ -284,5 +311,5 @@ def test_an_overflow_of_float16_is_caught_and_named(loud: Checkpoint, tmp_path: 
     assert "infinite or NaN in float16" in first.detail
 
 
-def test_the_matrix_has_twelve_rows(matrix: list[str]) -> None:
-    assert len(matrix) == 3 + len(FAULTS) + 1 == 15
+def test_the_matrix_has_fifteen_rows(matrix: list[str]) -> None:
+    assert len(matrix) == 3 + len(FAULTS) + 1 == 18

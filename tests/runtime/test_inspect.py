@@ -251,6 +251,33 @@ def test_a_chain_of_layers_is_the_model(artifact: Artifact, ids: np.ndarray, spe
     close(logits_of(spec, hidden), whole.logits, artifact.rounding + artifact.weights)
 
 
+def test_ends_are_those_of_the_specification(
+    artifact: Artifact, ids: np.ndarray, streams: tuple[np.ndarray, np.ndarray], spec: GptOss
+) -> None:
+    last, _ = streams
+    ends = artifact.inspector().ends()
+    chunks = list(ends.run(ids, last, rows=25))
+    assert [(c.start, len(c.logits)) for c in chunks] == [(0, 25), (25, 25), (50, 10)]
+    embedding, norm, logits = (
+        np.concatenate([getattr(c, name) for c in chunks]) for name in ("embedding", "norm", "logits")
+    )
+    close(embedding, embedded(spec, ids), artifact.rounding)
+    with torch.no_grad():
+        close(norm, spec.model.norm(torch.from_numpy(last)).numpy(), artifact.rounding)
+    close(logits, logits_of(spec, last), 2 * artifact.rounding + artifact.weights)
+    (other,) = ends.run(ids[::-1], last, rows=N)
+    np.testing.assert_array_equal(other.embedding, embedding[::-1])
+    close(other.logits, logits, artifact.rounding)
+
+
+def test_ends_refuse_what_does_not_fit(ort_cpu: Inspector, ids: np.ndarray, streams: tuple[np.ndarray, ...]) -> None:
+    ends = ort_cpu.ends()
+    with pytest.raises(ValueError, match="59 ids"):
+        next(ends.run(ids[1:], streams[0], rows=N))
+    with pytest.raises(PromptError, match="not all in the vocabulary"):
+        next(ends.run(ids + 2048, streams[0], rows=N))
+
+
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_operations_are_those_of_the_specification(
     artifact: Artifact, streams: tuple[np.ndarray, np.ndarray], spec: GptOss, index: int
@@ -398,6 +425,9 @@ def test_however_the_runner_cuts_a_text(
         (cut,) = small.route(ids, rows=N)
         np.testing.assert_array_equal(cut.experts, whole.experts)
         np.testing.assert_allclose(cut.logits, whole.logits, atol=1e-4)
+        (ends,), (cut_ends,) = (list(which.ends().run(ids, streams[0], rows=N)) for which in (large, small))
+        for name in ("embedding", "norm", "logits"):
+            np.testing.assert_allclose(getattr(cut_ends, name), getattr(ends, name), atol=1e-4)
         other = small.layer(1).run(*streams)
         np.testing.assert_allclose(other.attention, out.attention, atol=1e-4)
         np.testing.assert_allclose(other.output, out.output, atol=1e-4)

@@ -20,6 +20,7 @@ from gptoss_export.exporter.measure import record
 from gptoss_export.exporter.origin import Origin
 from gptoss_export.exporter.weights import WeightsMode, hash_files
 from gptoss_export.validators.consistency import CHECKS, ConsistencyCheck
+from gptoss_export.validators.ends import EndsRecord
 from gptoss_export.validators.evidence import Evidence, ScenarioResult
 from gptoss_export.validators.floor import FloorRecord
 from gptoss_export.validators.gates import GATES, override
@@ -134,6 +135,7 @@ def made_evidence(layers: int = 2, experts: int = 4, tokens: int = 69, seed: int
             )
             for layer in range(layers)
         ),
+        ends=EndsRecord(tokens, 0.0, 10 ** draw.gauss(-6.3, 0.1), 10 ** draw.gauss(-6.3, 0.1), 0),
         ranges=tuple(spans),
         consistency=tuple(
             ConsistencyCheck(name, 16, 8, 0.0, 0.0, 0, True)

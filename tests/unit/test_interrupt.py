@@ -32,6 +32,13 @@ def deaf():
         except BaseException:  # as in the callbacks of some libraries
             pass
 
+def destructor():
+    class Slow:
+        def __del__(self):
+            time.sleep(60)  # what is raised here is printed and lost
+    Slow()
+    time.sleep(60)
+
 def importing():
     Path("slow.py").write_text("import time; time.sleep(60)")
     sys.path.insert(0, "")
@@ -57,7 +64,7 @@ sys.exit(cli.main(["--target", "onnx", "--model", "m", "--output", sys.argv[1]])
 
 
 @pytest.mark.parametrize("finished", ["finished", "unfinished"])
-@pytest.mark.parametrize("work", ["idle", "busy", "deaf", "importing", "library"])
+@pytest.mark.parametrize("work", ["idle", "busy", "deaf", "destructor", "importing", "library"])
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 def test_a_signal_ends_the_program_in_two_seconds(
     number: signal.Signals,
@@ -84,6 +91,7 @@ def test_a_signal_ends_the_program_in_two_seconds(
         printed = child.communicate(timeout=20)[1]
         assert time.monotonic() - sent < 2
     assert child.returncode == 128 + number, printed
+    assert "Traceback" not in printed
     kept = finished == "finished"
     assert printed.splitlines()[-1] == f"{word}: {interrupt.RESUME if kept else interrupt.NOTHING}"
     assert [path.name for path in tmp_path.iterdir()] == [".release.partial"][: int(kept)]
@@ -91,10 +99,12 @@ def test_a_signal_ends_the_program_in_two_seconds(
 
 def test_what_was_there_before_is_there_again() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    hook = sys.unraisablehook
     with pytest.raises(ValueError), prompt_end():
         assert signal.getsignal(signal.SIGTERM) is interrupt.terminate
         raise ValueError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert sys.unraisablehook is hook
     descriptor = signal.set_wakeup_fd(-1)
     assert descriptor == -1
 

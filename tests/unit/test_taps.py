@@ -90,6 +90,19 @@ def test_of_a_cut_layer_is_left(model: ir.Model, index: int) -> None:
     assert all(value.dtype != ir.DataType.FLOAT16 for value in model.graph.outputs if "present" not in str(value.name))
 
 
+def test_of_cut_ends_is_left(model: ir.Model) -> None:
+    logits = model.graph.outputs[0].name
+    tapped = taps.cut_ends(model, token_rows=token_rows(model))
+    check(model)
+    left = {*model.graph.initializers, *names(model.graph.inputs)}
+    assert {taps.TOKENS, taps.HIDDEN, "model.embed_tokens.weight", "model.norm.weight"} <= left
+    assert any(name.startswith("lm_head") for name in left)
+    assert not any(name.startswith("model.layers.") and not name.startswith("model.layers.0.") for name in left)
+    assert not any("experts" in name or "router" in name for name in left)
+    assert [value.name for value in model.graph.outputs[:3]] == [logits, "present.0.key", "present.0.value"]
+    assert set(tapped.taps[0].values()) == names(model.graph.outputs[3:]) and len(tapped.taps[0]) == 2
+
+
 def test_the_window_is_the_layers(tiny_graph: ir.Model) -> None:
     model = share_cache(fuse_qkv(tiny_graph.clone()))
     for index, window in enumerate(("16", "0", "16", "0")):

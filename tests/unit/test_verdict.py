@@ -15,7 +15,7 @@ from gptoss_export.validators.gates import EXACT, GATES, Gates, override
 from gptoss_export.validators.scenarios import SCENARIOS
 from gptoss_export.validators.verdict import Failure, Verdict, cases, judge
 
-EMPTY = Evidence(2, (), None, (), (), (), "")
+EMPTY = Evidence(2, (), None, (), None, (), (), "")
 
 
 def with_metrics(evidence: Evidence, names: tuple[str, ...] = ("decode",), **changes: Any) -> Evidence:
@@ -68,6 +68,14 @@ def with_replay(**changes: Any) -> Callable[[Evidence], Evidence]:
     return change
 
 
+def with_ends(**changes: Any) -> Callable[[Evidence], Evidence]:
+    def change(evidence: Evidence) -> Evidence:
+        assert evidence.ends is not None
+        return replace(evidence, ends=replace(evidence.ends, **changes))
+
+    return change
+
+
 def test_good_everywhere_passes(evidence: Evidence) -> None:
     assert judge(evidence, EXACT) == Verdict(True, ())
     assert all(case.kept for case in cases(evidence, EXACT))
@@ -115,6 +123,11 @@ AGAINST_ITSELF = "engine against itself"
         (with_first("layers", experts=math.nan), Failure("layer 0 experts", "max_layer_error", math.nan, 1e-5)),
         (with_first("layers", non_finite=2), Failure("layer 0", "non_finite", 2, 0)),
         (with_first("layers", tokens=0), Failure("layer 0", "measured", 0, 1)),
+        (with_ends(embedding=1e-4), Failure("embedding", "max_layer_error", 1e-4, 1e-5)),
+        (with_ends(norm=None), Failure("final norm", "max_layer_error", None, 1e-5)),
+        (with_ends(lm_head=math.nan), Failure("lm_head", "max_layer_error", math.nan, 1e-5)),
+        (with_ends(non_finite=1), Failure("ends", "non_finite", 1, 0)),
+        (with_ends(tokens=0), Failure("ends", "measured", 0, 1)),
         (with_first("ranges", headroom_bits=0.5), Failure(RANGE, "min_headroom_bits", 0.5, 1.0)),
         (with_first("ranges", headroom_bits=None), Failure(RANGE, "min_headroom_bits", None, 1.0)),
         (with_first("ranges", saturated=1), Failure(RANGE, "saturated", 1, 0)),
@@ -160,7 +173,7 @@ def test_a_layer_that_nobody_looked_at_fails(evidence: Evidence) -> None:
 def test_nothing_measured_fails_everywhere() -> None:
     failures = judge(EMPTY, EXACT).failures
     assert {failure.gate for failure in failures} == {"measured"}
-    assert len(failures) == len(SCENARIOS) + 1 + 2 + 2 + len(CHECKS)
+    assert len(failures) == len(SCENARIOS) + 1 + 2 + 1 + 2 + len(CHECKS)
 
 
 def test_a_scenario_of_a_later_version_is_held_to_the_same_gates(evidence: Evidence) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gptoss_export.validators.layers import Deviation, cached_calls
+from gptoss_export.validators.deviation import Deviation
+from gptoss_export.validators.layers import cached_calls
 from gptoss_export.validators.whose import blame_attention, blame_cache, blame_experts
 
 RIGHT = np.ones((40, 8), np.float32)

@@ -40,7 +40,8 @@ def check_report(report: ParityReport) -> None:
     _check_floors(report)
     if report.bisection is not None:
         for finding in report.bisection.findings:
-            _is_layer(f"the finding in {finding.op}", finding.layer, report.evidence)
+            if finding.layer is not None:
+                _is_layer(f"the finding in {finding.op}", finding.layer, report.evidence)
     _check_verdict(report)
 
 
@@ -69,6 +70,8 @@ def _check_evidence(report: ParityReport) -> None:
         _is_layer("a layer", record.layer, evidence)
         if record.flipped > record.tokens or record.tokens > tokens:
             raise InvalidReport(f"layer {record.layer} has more tokens than there are")
+    if evidence.ends is not None and evidence.ends.tokens > tokens:
+        raise InvalidReport("its embedding has more tokens than there are")
     _once("the range of a layer", ((record.layer, record.type) for record in evidence.ranges))
     for span in evidence.ranges:
         _is_layer("a range", span.layer, evidence)

@@ -13,7 +13,7 @@ from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.scenarios import Effort
 from gptoss_export.validators.verdict import Verdict
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 Execution = Literal["executed", "graph only"]
 Outcome = Literal["pass", "fail", "not executed"]

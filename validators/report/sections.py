@@ -56,8 +56,8 @@ def _bisection(report: ParityReport) -> Section | None:
         return None
 
     def row(f: Finding) -> tuple[str, ...]:
-        words = (one_line(text, CELL) for text in (f.half, f.op))
-        return (str(f.layer), *words, number(f.error), number(f.limit), one_line(f.detail, 2 * CELL))
+        words = ("none" if f.layer is None else str(f.layer), *(one_line(text, CELL) for text in (f.half, f.op)))
+        return (*words, number(f.error), number(f.limit), one_line(f.detail, 2 * CELL))
 
     head = ("layer", "half", "operation", "error", "limit", "what speaks for it")
     findings = report.bisection.findings
@@ -231,7 +231,16 @@ def _layers(report: ParityReport) -> Section | None:
         f"the residual stream; at most {number(report.gates.max_layer_error)} passes, and "
         f"{number(report.gates.max_router_error)} of a log weight of the router.{_by_whom(report)}"
     )
-    return Section("layers", "Layer by layer", lead, (Table("", (*head, "non-finite"), rows),))
+    return Section("layers", "Layer by layer", lead, (Table("", (*head, "non-finite"), rows), *_ends(report)))
+
+
+def _ends(report: ParityReport) -> tuple[Table, ...]:
+    ends = report.evidence.ends
+    if ends is None:
+        return ()
+    row = (str(ends.tokens), *map(number, (ends.embedding, ends.norm, ends.lm_head)), str(ends.non_finite))
+    head = ("tokens", "embedding", "final norm", "lm_head", "non-finite")
+    return (Table("Before and behind the layers, relative to what it should be", head, [row]),)
 
 
 def _ranges(report: ParityReport) -> Section | None:
