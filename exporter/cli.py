@@ -38,7 +38,7 @@ from gptoss_export.exporter.errors import AccessError, DiskSpaceError, GptossExp
 from gptoss_export.exporter.interrupt import Terminated, prompt_end, say_goodbye
 
 if TYPE_CHECKING:
-    from gptoss_export.exporter.plan import Parity
+    from gptoss_export.exporter.planning.request import Parity
 
 _EPILOG = """\b
 Examples:

@@ -24,7 +24,7 @@ RESUME = "run the same command again to go on"
 NOTHING = "this run left nothing behind"
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-_STAGING = "gptoss_export.exporter.staging"
+_STAGING = "gptoss_export.exporter.output.staging"
 _SHOW_CURSOR = "\x1b[?25h"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.artifact import RECORD_NAMES, Manifest, ParityRecord
 from gptoss_export.exporter.errors import PromptError
+from gptoss_export.exporter.planning.request import Effort, MeasureOptions
 from gptoss_export.exporter.progress import Progress
 from gptoss_export.exporter.weights import disk_errors, hash_files
 
@@ -19,33 +19,9 @@ if TYPE_CHECKING:
     from gptoss_export.validators.report import ParityReport
     from gptoss_export.validators.report.schema import Execution
 
-Effort = Literal["quick", "full"]
-
 _EXECUTED: Execution = "executed"
 _GRAPH_ONLY: Execution = "graph only"
 _FLOORS: tuple[FloorDtype, ...] = ("bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How to measure, beside how much.
-
-    prompts: a file of probes that come after the default ones. overrides: gates set to other limits than the table's.
-    bisection: whether to look for the operation in layers that are beyond their gates.
-    """
-
-    prompts: Path | None = None
-    overrides: Mapping[str, float] = field(default_factory=dict)
-    bisection: bool = False
-
-    def command(self, effort: Effort) -> tuple[str, ...]:
-        """What takes the same measurement again; without paths, so that it is the same wherever it was taken."""
-        given = [part for name, value in self.overrides.items() for part in ("--gate", f"{name}={value!r}")]
-        if self.prompts is not None:
-            given += ["--prompts", self.prompts.name]
-        if self.bisection:
-            given.append("--bisect")
-        return ("gptoss-export", "validate", "OUT", "--parity", effort, *given)
 
 
 def make_yardstick(

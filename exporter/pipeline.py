@@ -27,7 +27,6 @@ from gptoss_export.exporter.artifact import (
     verify_files,
     write_manifest,
 )
-from gptoss_export.exporter.attest import attest
 from gptoss_export.exporter.clock import now
 from gptoss_export.exporter.errors import (
     IntegrityError,
@@ -36,13 +35,15 @@ from gptoss_export.exporter.errors import (
     NotValidatedError,
     ParityFailedError,
 )
-from gptoss_export.exporter.identity import export_key, library_versions
-from gptoss_export.exporter.journal import Journal
-from gptoss_export.exporter.measure import Effort, MeasureOptions, first_failure, make_yardstick, measure, record
-from gptoss_export.exporter.origin import origin_of
-from gptoss_export.exporter.plan import ExportRequest, Parity, Plan, make_plan
+from gptoss_export.exporter.measure import first_failure, make_yardstick, measure, record
+from gptoss_export.exporter.output.identity import export_key, library_versions
+from gptoss_export.exporter.output.journal import Journal
+from gptoss_export.exporter.output.staging import in_use, journaled, journaled_in_place
+from gptoss_export.exporter.planning.plan import Plan, make_plan
+from gptoss_export.exporter.planning.request import Effort, ExportRequest, MeasureOptions, Parity
 from gptoss_export.exporter.progress import Progress, SilentProgress
-from gptoss_export.exporter.staging import in_use, journaled, journaled_in_place
+from gptoss_export.exporter.trust.attest import attest
+from gptoss_export.exporter.trust.origin_of import origin_of
 from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors, place_weights
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     """Show what the artifact in OUT is, from its manifest alone."""
     from gptoss_export.exporter.artifact import manifest_as_json, read_manifest
     from gptoss_export.exporter.commands.show import echo_manifest
-    from gptoss_export.exporter.staging import recover
+    from gptoss_export.exporter.output.staging import recover
 
     recover(folder)
     manifest = read_manifest(folder)

@@ -56,7 +56,7 @@ def export_files(settings: Settings, folder: Path, output: Path, effort: Effort)
     """
     from gptoss_export.exporter.artifact import read_manifest
     from gptoss_export.exporter.errors import TargetUnavailableError
-    from gptoss_export.exporter.staging import staging
+    from gptoss_export.exporter.output.staging import staging
     from gptoss_export.validators.polygraphy_exchange import write_accuracy, write_inputs, write_reference
 
     manifest = read_manifest(folder)

@@ -12,7 +12,7 @@ from gptoss_export.exporter.progress import format_bytes, format_seconds
 if TYPE_CHECKING:
     from gptoss_export.exporter.artifact import Manifest
     from gptoss_export.exporter.pipeline import ExportResult
-    from gptoss_export.exporter.plan import Plan
+    from gptoss_export.exporter.planning.plan import Plan
     from gptoss_export.validators.layers import Bisection
 
 

@@ -11,8 +11,8 @@ from gptoss_export.exporter.commands.artifact import ARTIFACT
 from gptoss_export.exporter.commands.settings import Settings, common_options, json_option, print_json
 
 if TYPE_CHECKING:
-    from gptoss_export.exporter.signing import Signer, Trust
-    from gptoss_export.exporter.verify import Verification
+    from gptoss_export.exporter.trust.signing import Signer, Trust
+    from gptoss_export.exporter.trust.verify import Verification
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -56,8 +56,8 @@ def verify(
       gptoss-export verify ./release --require-signature --public-key release.pub
       gptoss-export verify ./release --identity ci@example.com --issuer https://accounts.example.com
     """
-    from gptoss_export.exporter.signing import check_signature
-    from gptoss_export.exporter.verify import Check, verify_artifact
+    from gptoss_export.exporter.trust.signing import check_signature
+    from gptoss_export.exporter.trust.verify import Check, verify_artifact
 
     trust = _trust(public_key, chain, identity, issuer)
     if require_signature and trust is None:
@@ -104,8 +104,8 @@ def sign(
       gptoss-export sign ./release --key release.pem --certificate release.crt --certificate-chain ca.crt
       gptoss-export sign ./release --keyless
     """
-    from gptoss_export.exporter.signing import sign_artifact
-    from gptoss_export.exporter.verify import verify_artifact
+    from gptoss_export.exporter.trust.signing import sign_artifact
+    from gptoss_export.exporter.trust.verify import verify_artifact
 
     signer = _signer(key, certificate, chain, keyless)
     with settings.working() as progress:
@@ -116,7 +116,7 @@ def sign(
 
 
 def _trust(public_key: Path | None, chain: tuple[Path, ...], identity: str | None, issuer: str | None) -> Trust | None:
-    from gptoss_export.exporter.signing import CertificateTrust, IdentityTrust, KeyTrust
+    from gptoss_export.exporter.trust.signing import CertificateTrust, IdentityTrust, KeyTrust
 
     if (identity is None) != (issuer is None):
         raise click.UsageError("--identity and --issuer go together")
@@ -133,7 +133,7 @@ def _trust(public_key: Path | None, chain: tuple[Path, ...], identity: str | Non
 
 
 def _signer(key: Path | None, certificate: Path | None, chain: tuple[Path, ...], keyless: bool) -> Signer:
-    from gptoss_export.exporter.signing import CertificateSigner, KeylessSigner, KeySigner
+    from gptoss_export.exporter.trust.signing import CertificateSigner, KeylessSigner, KeySigner
 
     if keyless == (key is not None):
         raise click.UsageError("give either --key or --keyless")

@@ -27,7 +27,8 @@ import json, os, signal, sys
 os.environ |= {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1700000000"}
 import torch
 torch.set_num_threads(1)
-from gptoss_export.exporter import cli, journal, pipeline, staging, swap
+from gptoss_export.exporter import cli, pipeline
+from gptoss_export.exporter.output import journal, staging, swap
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.graph import build
 
@@ -206,7 +207,7 @@ def test_killed_at_random_moments(driver: Driver, whole: Path, tmp_path: Path) -
 
 
 def test_two_runs_on_one_output(driver: Driver, tiny_dir: Path, tmp_path: Path) -> None:
-    from gptoss_export.exporter.staging import in_use, journaled
+    from gptoss_export.exporter.output.staging import in_use, journaled
 
     out = tmp_path / "release"
     with journaled(out, "another run"):

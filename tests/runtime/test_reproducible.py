@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptoss_export.exporter.artifact import MANIFEST_NAME, RECORD_NAMES, read_manifest
-from gptoss_export.exporter.verify import verify_artifact
+from gptoss_export.exporter.trust.verify import verify_artifact
 
 EPOCH = "1700000000"
 NOBODY = 65534

@@ -37,8 +37,9 @@ from gptoss_export.exporter import cli
 from gptoss_export.exporter.artifact import read_manifest, verify_files
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout, TensorRef
 from gptoss_export.exporter.errors import TargetUnavailableError
-from gptoss_export.exporter.measure import MeasureOptions, make_yardstick
+from gptoss_export.exporter.measure import make_yardstick
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
+from gptoss_export.exporter.planning.request import MeasureOptions
 from gptoss_export.exporter.progress import SilentProgress
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.parity import Subject, Yardstick, validate

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from gptoss_export.exporter.artifact import RECORD_NAMES, Manifest, ParityRecord, write_manifest
-from gptoss_export.exporter.attest import attest
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.measure import record
 from gptoss_export.exporter.origin import Origin
+from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.weights import WeightsMode, hash_files
 from gptoss_export.validators.consistency import CHECKS, ConsistencyCheck
 from gptoss_export.validators.ends import EndsRecord

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from gptoss_export.exporter import swap
 from gptoss_export.exporter.artifact import MANIFEST_NAME
 from gptoss_export.exporter.errors import (
     AccessError,
@@ -26,7 +25,8 @@ from gptoss_export.exporter.errors import (
     OutOfMemoryError,
     OutputExistsError,
 )
-from gptoss_export.exporter.staging import (
+from gptoss_export.exporter.output import swap
+from gptoss_export.exporter.output.staging import (
     check_output,
     home_of,
     in_use,
@@ -183,7 +183,7 @@ def test_a_folder_that_fills_meanwhile_is_kept(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_no_output(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from gptoss_export.exporter.staging import staging\n"
+        "import os, signal, sys; from pathlib import Path; from gptoss_export.exporter.output.staging import staging\n"
         "with staging(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'manifest.json').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -298,7 +298,7 @@ def killed(tmp_path: Path, body: str, out: Path) -> None:
     """Runs the body in a process that ends with SIGKILL."""
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from gptoss_export.exporter import staging, swap\n"
+        "from gptoss_export.exporter.output import staging, swap\n"
         "out = Path(sys.argv[1])\n"
         "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "def fill(journal):\n"
@@ -460,7 +460,7 @@ def test_in_place_after_a_kill(name: str | None, force: bool, checkpoint: Path) 
     new = theirs | {"a.onnx": "new", "model.onnx": "new", MANIFEST_NAME: "new"}
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from gptoss_export.exporter import staging\n"
+        "from gptoss_export.exporter.output import staging\n"
         "out, name = Path(sys.argv[1]), sys.argv[2]\n"
         "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "replace = Path.replace\n"

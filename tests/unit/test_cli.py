@@ -305,7 +305,7 @@ def test_stdout_carries_only_results(requests: list[ExportRequest], capsys: pyte
 def test_sigterm_cleans_up(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time; from pathlib import Path\n"
-        "from gptoss_export.exporter import cli, pipeline; from gptoss_export.exporter.staging import staging\n"
+        "from gptoss_export.exporter import cli, pipeline; from gptoss_export.exporter.output.staging import staging\n"
         "def export(request, progress):\n"
         "    with staging(request.output) as folder:\n"
         "        (folder / 'half').touch(); os.kill(os.getpid(), int(sys.argv[1])); time.sleep(20)\n"

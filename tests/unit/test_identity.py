@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from gptoss_export.engines import targets
 from gptoss_export.engines.tensorrt.options import EngineOptions
-from gptoss_export.exporter import identity
-from gptoss_export.exporter.identity import export_key, library_versions
-from gptoss_export.exporter.measure import MeasureOptions
-from gptoss_export.exporter.plan import ExportRequest, make_plan
+from gptoss_export.exporter import pipeline
+from gptoss_export.exporter.output import identity
+from gptoss_export.exporter.output.identity import export_key, library_versions
+from gptoss_export.exporter.planning.plan import make_plan
+from gptoss_export.exporter.planning.request import ExportRequest, MeasureOptions
 from gptoss_export.exporter.weights import WeightsMode
+from gptoss_export.validators import gates
 
 
 @pytest.fixture
@@ -100,6 +103,14 @@ def test_the_environment_counts(name: str, request_of: ExportRequest, monkeypatc
     before = export_key(plan)
     monkeypatch.setenv(name, "1")
     assert export_key(plan) != before
+
+
+def test_our_own_code_is_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Path] = []
+    monkeypatch.setattr(identity, "_sha256", lambda paths: taken.extend(paths) or "")
+    identity._own_code()
+    for module in (pipeline, identity, targets, gates):
+        assert Path(str(module.__file__)) in taken
 
 
 def test_other_software_is_other_work(request_of: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ SCRIPT = """
 import hashlib, os, sys, threading, time
 from pathlib import Path
 from gptoss_export.exporter import cli, pipeline
-from gptoss_export.exporter.staging import journaled
+from gptoss_export.exporter.output.staging import journaled
 
 def busy():
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where no exception is raised

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gptoss_export.exporter.errors import OutputExistsError
-from gptoss_export.exporter.journal import (
+from gptoss_export.exporter.output.journal import (
     JOURNAL_NAME,
     LOCK_NAME,
     Journal,

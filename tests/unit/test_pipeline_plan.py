@@ -17,7 +17,7 @@ import pytest
 
 from gptoss_export.engines import targets
 from gptoss_export.engines.build_info import BuildInfo, Execution
-from gptoss_export.exporter import cli, pipeline, plan
+from gptoss_export.exporter import cli, pipeline
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
@@ -37,7 +37,9 @@ from gptoss_export.exporter.errors import (
 )
 from gptoss_export.exporter.graph import build as build_module
 from gptoss_export.exporter.pipeline import export, require_pass, validate_artifact
-from gptoss_export.exporter.plan import ExportRequest, make_plan
+from gptoss_export.exporter.planning import plan
+from gptoss_export.exporter.planning.plan import make_plan
+from gptoss_export.exporter.planning.request import ExportRequest
 from gptoss_export.exporter.weights import WeightsMode, hash_files
 from gptoss_export.validators import floor, gates, parity, probes, reference_cache
 from gptoss_export.validators import report as report_module

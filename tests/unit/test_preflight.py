@@ -21,14 +21,15 @@ from gptoss_export.engines import memory
 from gptoss_export.engines.memory import Room, machine_memory, oom_kills, out_of_memory, ran_out, rooms
 from gptoss_export.engines.tensorrt import preflight as device_preflight
 from gptoss_export.engines.tensorrt.options import EngineOptions
-from gptoss_export.exporter import cli, preflight
+from gptoss_export.exporter import cli
 from gptoss_export.exporter.checkpoint.config import parse_config
 from gptoss_export.exporter.checkpoint.layouts import stored_tensors
 from gptoss_export.exporter.checkpoint.synth import PRESETS, SynthShape, raw_config
 from gptoss_export.exporter.checkpoint.tensors import Layout
 from gptoss_export.exporter.errors import DiskSpaceError, OutOfMemoryError, PromptError
-from gptoss_export.exporter.measure import MeasureOptions
-from gptoss_export.exporter.plan import ExportRequest, Plan, make_plan
+from gptoss_export.exporter.planning import preflight
+from gptoss_export.exporter.planning.plan import Plan, make_plan
+from gptoss_export.exporter.planning.request import ExportRequest, MeasureOptions
 from gptoss_export.exporter.weights import WeightsMode
 
 GIB = 1 << 30

@@ -12,7 +12,7 @@ import pytest
 
 from gptoss_export.exporter.artifact import PROVENANCE_NAME, RECORD_NAMES, REPORT_NAMES
 from gptoss_export.exporter.origin import Origin
-from gptoss_export.exporter.provenance import make_provenance
+from gptoss_export.exporter.trust.provenance import make_provenance
 
 
 def strict(required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from gptoss_export.exporter.artifact import PROVENANCE_NAME, SBOM_NAME
 from gptoss_export.exporter.origin import Origin
-from gptoss_export.exporter.sbom import make_sbom
+from gptoss_export.exporter.trust.sbom import make_sbom
 
 pytest.importorskip("cyclonedx", reason="cyclonedx-python-lib is not installed")
 

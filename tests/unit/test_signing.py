@@ -15,10 +15,10 @@ import pytest
 
 from gptoss_export.exporter import cli
 from gptoss_export.exporter.artifact import MANIFEST_NAME, RECORD_NAMES, SIGNATURE_NAME, read_manifest, write_manifest
-from gptoss_export.exporter.attest import attest
 from gptoss_export.exporter.errors import IntegrityError, ManifestError, SignatureError
 from gptoss_export.exporter.measure import record
-from gptoss_export.exporter.signing import (
+from gptoss_export.exporter.trust.attest import attest
+from gptoss_export.exporter.trust.signing import (
     CertificateSigner,
     CertificateTrust,
     IdentityTrust,

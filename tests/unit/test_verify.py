@@ -28,14 +28,15 @@ from gptoss_export.exporter.artifact import (
     read_manifest,
     write_manifest,
 )
-from gptoss_export.exporter.attest import attest
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.clock import now
 from gptoss_export.exporter.errors import IntegrityError, ManifestError, TimeStampError
 from gptoss_export.exporter.measure import record
-from gptoss_export.exporter.origin import Origin, origin_from, origin_of
-from gptoss_export.exporter.plan import ExportRequest
-from gptoss_export.exporter.verify import verify_artifact
+from gptoss_export.exporter.origin import Origin, origin_from
+from gptoss_export.exporter.planning.request import ExportRequest
+from gptoss_export.exporter.trust.attest import attest
+from gptoss_export.exporter.trust.origin_of import origin_of
+from gptoss_export.exporter.trust.verify import verify_artifact
 from gptoss_export.exporter.weights import FileRecord, WeightsMode, hash_files
 
 REFUSED = (IntegrityError, ManifestError)
@@ -273,7 +274,7 @@ def test_the_command_prints_a_table_and_json(delivered: Any, capsys: pytest.Capt
 
 def test_verifying_loads_no_torch(delivered: Any) -> None:
     code = (
-        "import sys; from pathlib import Path; from gptoss_export.exporter.verify import verify_artifact; "
+        "import sys; from pathlib import Path; from gptoss_export.exporter.trust.verify import verify_artifact; "
         f"verify_artifact(Path({str(delivered.folder)!r})); "
         "print([name for name in ('torch', 'transformers', 'onnx', 'onnxruntime') if name in sys.modules])"
     )

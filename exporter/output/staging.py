@@ -32,7 +32,7 @@ from gptoss_export.exporter.errors import (
     OutputExistsError,
 )
 from gptoss_export.exporter.interrupt import received
-from gptoss_export.exporter.journal import (
+from gptoss_export.exporter.output.journal import (
     LOCK_NAME,
     REPLACED_NAME,
     TREE_NAME,
@@ -43,9 +43,9 @@ from gptoss_export.exporter.journal import (
     peek,
     refuse_stranger,
 )
-from gptoss_export.exporter.lock import check_unlocked, lock_file, lock_folder
+from gptoss_export.exporter.output.lock import check_unlocked, lock_file, lock_folder
+from gptoss_export.exporter.output.swap import make_parents, move_up, put_back, swap
 from gptoss_export.exporter.progress import Progress, SilentProgress
-from gptoss_export.exporter.swap import make_parents, move_up, put_back, swap
 from gptoss_export.exporter.weights import hash_files
 
 KEPT = "what is finished was kept: the same command goes on from there"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from gptoss_export.exporter.artifact import PROVENANCE_NAME, SBOM_NAME, Manifest
-from gptoss_export.exporter.provenance import hub_purl
+from gptoss_export.exporter.trust.provenance import hub_purl
 from gptoss_export.exporter.weights import FileRecord
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gptoss_export.exporter.artifact import MANIFEST_NAME
 from gptoss_export.exporter.errors import OutputExistsError
-from gptoss_export.exporter.journal import REPLACED_NAME, is_ours, sync
+from gptoss_export.exporter.output.journal import REPLACED_NAME, is_ours, sync
 
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h

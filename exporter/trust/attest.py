@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.artifact import PROVENANCE_NAME, SBOM_NAME, Manifest
-from gptoss_export.exporter.provenance import make_provenance
-from gptoss_export.exporter.sbom import make_sbom
+from gptoss_export.exporter.trust.provenance import make_provenance
+from gptoss_export.exporter.trust.sbom import make_sbom
 from gptoss_export.exporter.weights import disk_errors, hash_files
 
 if TYPE_CHECKING:

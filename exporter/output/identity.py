@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gptoss_export.exporter.plan import Plan
+    from gptoss_export.exporter.planning.plan import Plan
 
 LIBRARIES = (
     "gptoss-export",
@@ -89,7 +89,7 @@ def _own_code() -> str:
     """sha256 of this package as it is installed: another build of the same version has work of its own."""
     from gptoss_export.engines.ort.library import kernel_library
 
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[2]
     folders = (package / "exporter", package / "engines", package / "validators")
     code = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in {".py", ".json"})
     kernels = kernel_library()

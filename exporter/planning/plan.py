@@ -6,50 +6,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gptoss_export.engines.build_info import BuildSettings
-from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import WeightsModeError
-from gptoss_export.exporter.estimate import Build
-from gptoss_export.exporter.measure import MeasureOptions
-from gptoss_export.exporter.preflight import Preflight, existing, look
+from gptoss_export.exporter.output.staging import check_output, kept_bytes
+from gptoss_export.exporter.planning.estimate import Build
+from gptoss_export.exporter.planning.preflight import Preflight, existing, look
+from gptoss_export.exporter.planning.request import ExportRequest
 from gptoss_export.exporter.progress import format_bytes
-from gptoss_export.exporter.staging import check_output, kept_bytes
 from gptoss_export.exporter.weights import WeightsMode, can_reflink, in_place_dir
-
-Parity = Literal["off", "quick", "full"]
 
 WEIGHTS_DIR = "weights"
 _CONFIG_NAME = "config.json"
 _INDEX_NAME = "model.safetensors.index.json"
 _GRAPH_BYTES = 32 << 20  # graph, manifest and report; 1 to 3 MB in practice
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What was asked for. model: a folder or a Hub id. threads: of the engine, None for one a core.
-
-    bundle_kernels: whether the artifacts carry the library with the kernels that they run on. ignore_preflight:
-    whether to begin although something does not seem to be enough. engine: of the TensorRT targets. measure: how
-    parity is measured, beside how much of it.
-    """
-
-    model: str
-    output: Path
-    targets: tuple[str, ...]
-    revision: str | None = None
-    weights: WeightsMode = WeightsMode.COPY
-    parity: Parity = "quick"
-    force: bool = False
-    threads: int | None = None
-    bundle_kernels: bool = False
-    ignore_preflight: bool = False
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    measure: MeasureOptions = field(default_factory=MeasureOptions)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 
 if TYPE_CHECKING:
-    from gptoss_export.exporter.plan import ExportRequest
+    from gptoss_export.exporter.planning.request import ExportRequest
     from gptoss_export.validators.floor import FloorDtype
 
 MACHINE = "2 cores at 2.5 GHz, 0.5 GB/s disk"

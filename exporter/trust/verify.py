@@ -26,11 +26,11 @@ from gptoss_export.exporter.artifact import (
     read_manifest,
     verify_files,
 )
-from gptoss_export.exporter.attest import attestations
 from gptoss_export.exporter.checkpoint.files import shown
 from gptoss_export.exporter.errors import CheckpointError, IntegrityError, NotValidatedError
 from gptoss_export.exporter.inside import AGAIN, open_inside
 from gptoss_export.exporter.progress import Progress, format_bytes
+from gptoss_export.exporter.trust.attest import attestations
 from gptoss_export.exporter.weights import WeightsMode
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from gptoss_export.engines.memory import Room, rooms
 from gptoss_export.exporter.errors import DiskSpaceError, GptossExportError, OutOfMemoryError
-from gptoss_export.exporter.estimate import (
+from gptoss_export.exporter.planning.estimate import (
     MACHINE,
     Build,
     StageNeed,
@@ -31,7 +31,7 @@ from gptoss_export.exporter.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-    from gptoss_export.exporter.plan import ExportRequest
+    from gptoss_export.exporter.planning.request import ExportRequest
 
 IGNORE = "--ignore-preflight begins all the same"
 
