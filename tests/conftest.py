@@ -1,8 +1,11 @@
 """What all tests share: the small trained checkpoint, and the same network in every layout."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +20,10 @@ from gptoss_export.exporter.checkpoint.mxfp4 import decode_bf16
 from gptoss_export.exporter.checkpoint.open import open_checkpoint, read_tensor
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout
 from gptoss_export.exporter.graph.build import build_graph
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GptOssForCausalLM
 
 # How fast examples are drawn says something about the machine, nothing about the code.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,6 +42,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_dir() -> Path:
     """A trained gpt-oss of 4 layers and 16 experts in the released format."""
     return Path(__file__).parent / "data" / "tiny-gpt-oss"
+
+
+@pytest.fixture(scope="session")
+def load_plain(tiny_dir: Path) -> Callable[[torch.dtype], GptOssForCausalLM]:
+    """Loads the small checkpoint as transformers loads it, whole, in that dtype; each call gives another model."""
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    def load(dtype: torch.dtype) -> GptOssForCausalLM:
+        return GptOssForCausalLM.from_pretrained(
+            tiny_dir,
+            dtype=dtype,
+            quantization_config=Mxfp4Config(dequantize=True),
+            attn_implementation="eager",
+            experts_implementation="eager",
+        ).eval()
+
+    return load
 
 
 @pytest.fixture(scope="session")
@@ -66,18 +90,12 @@ def tiny_builds(tiny: Checkpoint, tiny_graph: ir.Model, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
-def tiny_reference(tiny_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+def tiny_reference(load_plain: Callable[[torch.dtype], GptOssForCausalLM]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [1, 100] and transformers' logits [1, 100, V] for them: the released loading path, in float32."""
     import torch
-    from transformers import GptOssForCausalLM, Mxfp4Config
 
     ids = np.random.default_rng(0).integers(0, 2030, (1, 100))
-    model = GptOssForCausalLM.from_pretrained(
-        tiny_dir,
-        dtype=torch.float32,
-        quantization_config=Mxfp4Config(dequantize=True),
-        attn_implementation="eager",
-    )
+    model = load_plain(torch.float32)
     with torch.no_grad():
         return ids, model(torch.from_numpy(ids)).logits.numpy()
 

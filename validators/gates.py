@@ -93,11 +93,13 @@ EIGHT_BIT_WEIGHTS = Gates(
     max_layer_error=2e-2,
     max_self_diff=1e-4,
     max_diverged=0.05,
+    spare_positions=1,
 )
 """For attention and lm_head in int8. The small checkpoint shows a mean KL of 1.9e-4, a logit difference of 0.76 and a
 top-1 agreement of 0.9945 in the worst scenario; a difference that large is one position where the rounding exchanged an
 expert for another that is nearly as good. These gates find what is wrong and not what is inexact: alpha rounded to
-bfloat16 changes less than int8 does."""
+bfloat16 changes less than int8 does. Of 27 positions one that disagrees says nothing about a share. Logits of random
+weights are so flat that 1.2 % of their best tokens change at a mean KL of 1.4e-4: there it fails, and rightly so."""
 
 FLOAT32_ENGINE = replace(EXACT, max_kl_mean=1e-8, max_logit_diff=1e-3, max_self_diff=1e-3, max_repeat_diff=1e-3)
 """For an engine in float32 that picks its own kernels: another order of summation in every matrix product."""

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from gptoss_export.engines.inspector import Inspector
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.metrics import Accumulator
 from gptoss_export.validators.probes import Probe
-from gptoss_export.validators.reference import BLOCK_POSITIONS, Reference
+from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.routing import RoutingRecord, choose, compare_layers
 
 
@@ -60,7 +61,4 @@ def _replay(inspector: Inspector, reference: Reference, probe: int, rows: int, a
     layers = range(inspector.num_layers)
     chosen = [choose(reference.trace.router_logits(n, probe), reference.config.top_k) for n in layers]
     for chunk in inspector.route(ids, experts=np.stack(chosen, axis=1), rows=rows):
-        for row in range(0, len(chunk.logits), BLOCK_POSITIONS):
-            some = chunk.logits[row : row + BLOCK_POSITIONS]
-            start = chunk.start + row
-            accumulator.add(reference.logits(probe, start, start + len(some)), some)
+        compare_rows(reference, probe, chunk.start, chunk.logits, accumulator)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssForCausalLM, Mxfp4Config
+from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
 
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
@@ -40,35 +41,28 @@ def floors(checkpoint: Checkpoint, reference: Reference) -> dict[str, FloorRecor
     return {dtype: measure_floor(checkpoint, reference, dtype) for dtype in DTYPES}
 
 
-def plain_logits(tiny_dir: Path, dtype: FloorDtype, reference: Reference) -> list[np.ndarray]:
-    """Of the whole model, loaded in dtype as transformers loads it, over one batch padded on the right."""
-    model = GptOssForCausalLM.from_pretrained(
-        tiny_dir,
-        dtype=getattr(torch, dtype),
-        quantization_config=Mxfp4Config(dequantize=True),
-        attn_implementation="eager",
-        experts_implementation="eager",
-    ).eval()
+def plain_logits(model: GptOssForCausalLM, reference: Reference) -> list[np.ndarray]:
+    """Over one batch padded on the right."""
     lengths = [len(p.ids) for p in reference.probes]
     ids = torch.tensor([[*p.ids, *[0] * (max(lengths) - len(p.ids))] for p in reference.probes])
     mask = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
     with torch.inference_mode():
         logits = model(ids, attention_mask=mask).logits
-    assert logits.dtype == getattr(torch, dtype)
+    assert logits.dtype == model.dtype
     return [logits[row, :n].float().numpy() for row, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_what_transformers_computes_in_that_type(
     dtype: FloorDtype,
-    tiny_dir: Path,
+    load_plain: Callable[[torch.dtype], GptOssForCausalLM],
     checkpoint: Checkpoint,
     reference: Reference,
     floors: dict[str, FloorRecord],
 ) -> None:
     streamed = run_reference(checkpoint, reference.probes, dtype=dtype)
     apart, plain = Accumulator(), Accumulator()
-    for row, logits in enumerate(plain_logits(tiny_dir, dtype, reference)):
+    for row, logits in enumerate(plain_logits(load_plain(getattr(torch, dtype)), reference)):
         ours = streamed.logits(row, 0, len(logits))
         assert ours.dtype == np.float32
         np.testing.assert_array_equal(ours, torch.from_numpy(ours).to(getattr(torch, dtype)).float().numpy())

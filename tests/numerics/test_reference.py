@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssForCausalLM, Mxfp4Config
+from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
 
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
@@ -37,15 +37,9 @@ def probes(checkpoint: Checkpoint) -> tuple[Probe, ...]:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_dir: Path) -> GptOssForCausalLM:
+def plain(load_plain: Callable[[torch.dtype], GptOssForCausalLM]) -> GptOssForCausalLM:
     """The whole model in RAM, loaded as transformers loads it."""
-    return GptOssForCausalLM.from_pretrained(
-        tiny_dir,
-        dtype=torch.float32,
-        quantization_config=Mxfp4Config(dequantize=True),
-        attn_implementation="eager",
-        experts_implementation="eager",
-    ).eval()
+    return load_plain(torch.float32)
 
 
 def plain_logits(model: GptOssForCausalLM, probes: Sequence[Probe]) -> list[np.ndarray]:

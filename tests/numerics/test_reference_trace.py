@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GptOssForCausalLM, Mxfp4Config
+from transformers import GptOssForCausalLM
 
 from gptoss_export.engines.inspector import OPS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
@@ -44,14 +44,8 @@ def reference(tiny: Checkpoint, probes: tuple[Probe, ...]) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_dir: Path) -> GptOssForCausalLM:
-    return GptOssForCausalLM.from_pretrained(
-        tiny_dir,
-        dtype=torch.float32,
-        quantization_config=Mxfp4Config(dequantize=True),
-        attn_implementation="eager",
-        experts_implementation="eager",
-    ).eval()
+def plain(load_plain: Callable[[torch.dtype], GptOssForCausalLM]) -> GptOssForCausalLM:
+    return load_plain(torch.float32)
 
 
 @pytest.fixture(scope="module")

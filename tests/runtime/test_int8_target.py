@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,10 @@ from gptoss_export.exporter.artifact import read_manifest, verify_files
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.commands.bench import count_weights
 from gptoss_export.exporter.ops import DOMAIN
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GptOssForCausalLM
 
 TARGET = "ort-cpu-int8"
 FILE = "int8/linear.safetensors"
@@ -46,20 +51,16 @@ def release(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rounded(
-    tiny_dir: Path, tiny_builds: dict[str, Path], tiny_reference: tuple[np.ndarray, np.ndarray]
+    load_plain: Callable[[torch.dtype], GptOssForCausalLM],
+    tiny_builds: dict[str, Path],
+    tiny_reference: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [1, 100] and the logits of transformers with the int8 file's weights in float32."""
     import torch
     from safetensors.numpy import load_file
-    from transformers import GptOssForCausalLM, Mxfp4Config
 
     tensors = load_file(tiny_builds[TARGET] / FILE)
-    model = GptOssForCausalLM.from_pretrained(
-        tiny_dir,
-        dtype=torch.float32,
-        quantization_config=Mxfp4Config(dequantize=True),
-        attn_implementation="eager",
-    )
+    model = load_plain(torch.float32)
 
     def weight(name: str) -> torch.Tensor:
         q, scales = tensors[f"{name}.weight_int8"], tensors[f"{name}.weight_scales"].astype(np.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, GptOssForCausalLM, Mxfp4Config
+from transformers import DynamicCache, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from gptoss_export.engines.runner import Step
@@ -75,19 +75,9 @@ def floor(checkpoint: Checkpoint, reference: Reference) -> FloorRecord:
 
 
 @pytest.fixture
-def model(tiny_dir: Path) -> GptOssForCausalLM:
+def model(load_plain: Callable[[torch.dtype], GptOssForCausalLM]) -> GptOssForCausalLM:
     """A model of its own for every test, because the tests spoil it."""
-    return load_model(tiny_dir, torch.float32)
-
-
-def load_model(tiny_dir: Path, dtype: torch.dtype) -> GptOssForCausalLM:
-    return GptOssForCausalLM.from_pretrained(
-        tiny_dir,
-        dtype=dtype,
-        quantization_config=Mxfp4Config(dequantize=True),
-        attn_implementation="eager",
-        experts_implementation="eager",
-    ).eval()
+    return load_plain(torch.float32)
 
 
 def run(runner: object, reference: Reference, effort: str = "quick") -> ScenarioRun:
@@ -222,15 +212,17 @@ def test_a_model_that_is_slightly_another_fails(
 
 
 def test_transformers_in_bf16_keeps_the_gates_of_its_own_noise_floor_and_no_others(
-    tiny_dir: Path, reference: Reference, floor: FloorRecord
+    load_plain: Callable[[torch.dtype], GptOssForCausalLM], reference: Reference, floor: FloorRecord
 ) -> None:
-    found = run(TransformersRunner(load_model(tiny_dir, torch.bfloat16)), reference)
+    found = run(TransformersRunner(load_plain(torch.bfloat16)), reference)
     assert not failures(found, floor)
     assert failing(found) == set(SCENARIOS)
 
 
-def test_a_wrong_window_fails_by_the_noise_floor_too(tiny_dir: Path, reference: Reference, floor: FloorRecord) -> None:
-    model = load_model(tiny_dir, torch.bfloat16)
+def test_a_wrong_window_fails_by_the_noise_floor_too(
+    load_plain: Callable[[torch.dtype], GptOssForCausalLM], reference: Reference, floor: FloorRecord
+) -> None:
+    model = load_plain(torch.bfloat16)
     widen_window(model)
     assert failures(run(TransformersRunner(model), reference), floor)
 

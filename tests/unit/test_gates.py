@@ -39,9 +39,9 @@ def test_the_gates_of_the_targets() -> None:
         assert policy.factor == 3.0
         if policy.floor_dtype is None:
             assert policy.resolve(None) == policy.absolute
-            assert policy.absolute.spare_positions == 0
-        else:
-            assert policy.absolute.spare_positions == 1
+        exact = policy.absolute.min_top1_agreement == 1.0
+        assert policy.absolute.spare_positions == (0 if exact else 1)
+        assert policy.absolute.spare_kl == 0.0
     assert GATES["onnx"].absolute == EXACT
     assert (EXACT.max_kl_mean, EXACT.max_logit_diff, EXACT.min_top1_agreement) == (1e-9, 1e-4, 1.0)
 
