@@ -61,8 +61,7 @@ def bisect(
 
 def _ends_findings(record: EndsRecord, limit: float) -> tuple[list[Finding], list[Finding]]:
     """Before the layers and behind them; lm_head inherits what the final norm does wrong."""
-    errors = {"embedding": record.embedding, "norm": record.norm, "lm_head": record.lm_head}
-    found = [Finding(None, "ends", op, errors[op], limit, "") for op in failing_ends(record, limit)]
+    found = [Finding(None, "ends", op, record.errors[op], limit, "") for op in failing_ends(record, limit)]
     return [f for f in found if f.op == "embedding"], [f for f in found if f.op != "embedding"][:1]
 
 

@@ -5,7 +5,7 @@ record = measure_ends(inspector, reference, rows)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,11 @@ class EndsRecord:
     norm: float | None
     lm_head: float | None
     non_finite: int
+
+    @property
+    def errors(self) -> Mapping[str, float | None]:
+        """By name, in the order of computation."""
+        return {"embedding": self.embedding, "norm": self.norm, "lm_head": self.lm_head}
 
 
 def measure_ends(
@@ -59,5 +64,4 @@ def measure_ends(
 
 def failing_ends(record: EndsRecord, limit: float) -> Sequence[str]:
     """Which of embedding, final norm and lm_head are beyond the limit, in the order of computation."""
-    errors = (("embedding", record.embedding), ("norm", record.norm), ("lm_head", record.lm_head))
-    return [name for name, error in errors if error is None or not error <= limit]
+    return [name for name, error in record.errors.items() if error is None or not error <= limit]

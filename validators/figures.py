@@ -56,10 +56,8 @@ def figures_of(report: ParityReport) -> Mapping[Key, Figure]:
         found[where, "router"] = _plain(record.router, LOGIT_NOISE)
         found[where, "non_finite"] = _plain(record.non_finite, 0.0)
     if evidence.ends is not None:
-        ends = evidence.ends
-        parts = (("embedding", ends.embedding), ("norm", ends.norm), ("lm_head", ends.lm_head))
-        found |= {("ends", name): _plain(value, LAYER_NOISE) for name, value in parts}
-        found["ends", "non_finite"] = _plain(ends.non_finite, 0.0)
+        found |= {("ends", name): _plain(value, LAYER_NOISE) for name, value in evidence.ends.errors.items()}
+        found["ends", "non_finite"] = _plain(evidence.ends.non_finite, 0.0)
     for span in evidence.ranges:
         where = f"range of layer {span.layer} in {span.type}"
         bits = span.headroom_bits

@@ -20,7 +20,7 @@ from gptoss_export.engines.ort import anatomy, taps
 from gptoss_export.engines.ort.run import runner_on
 from gptoss_export.engines.ort.session import MODEL_FILE, describe, start
 from gptoss_export.engines.ort.tapped import TappedSession
-from gptoss_export.engines.runner import KVCache, Runner, Tokens
+from gptoss_export.engines.runner import KVCache, Logits, Runner, Tokens
 from gptoss_export.exporter.errors import PromptError, SessionError
 
 if TYPE_CHECKING:
@@ -151,17 +151,12 @@ class GraphInspector:
 
     def _route(self, tables: Mapping[str, NDArray[Any]], count: int, rows: int) -> Iterator[RoutedChunk]:
         whole = self._open_whole(taps.REPLAY in tables)
-        cache: KVCache | None = None
-        for start_at in range(0, count, rows):
-            indexes = np.arange(start_at, min(start_at + rows, count))
-            # Fed anew for each chunk: another text may have been run in between.
-            whole.session.feed(tables, [name for layer in whole.taps for name in layer.values()])
-            step = whole.runner.forward(indexes[None], cache=cache, keep=0)
-            cache, taken = step.cache, whole.session.take()
+        wanted = [name for layer in whole.taps for name in layer.values()]
+        for start_at, logits, taken in _in_chunks(whole.session, whole.runner, tables, wanted, count, rows):
             weights, experts = (
                 np.stack([taken[layer[name]] for layer in whole.taps], axis=1) for name in (taps.WEIGHTS, taps.EXPERTS)
             )
-            yield RoutedChunk(start_at, step.logits[0], weights, experts.astype(np.int64))
+            yield RoutedChunk(start_at, logits, weights, experts.astype(np.int64))
 
     def _open_whole(self, replay: bool) -> _Whole:
         whole = self._whole
@@ -226,14 +221,29 @@ class OpenEnds:
         if last.ndim != 2 or len(last) != len(ids):
             raise ValueError(f"{len(ids)} ids and {last.shape} of the last layer")
         tables: dict[str, NDArray[Any]] = {taps.TOKENS: ids.astype(np.int64), taps.HIDDEN: last.astype(np.float32)}
-        self._session.feed(tables, [self._taps[name] for name in (taps.EMBEDDED, taps.NORMED)])
-        cache: KVCache | None = None
-        for start_at in range(0, len(ids), rows):
-            indexes = np.arange(start_at, min(start_at + rows, len(ids)))
-            step = self._runner.forward(indexes[None], cache=cache, keep=0)
-            cache, taken = step.cache, self._session.take()
-            embedding, norm = (taken[self._taps[name]] for name in (taps.EMBEDDED, taps.NORMED))
-            yield EndsChunk(start_at, embedding, norm, step.logits[0])
+        shown = [self._taps[name] for name in (taps.EMBEDDED, taps.NORMED)]
+        for start_at, logits, taken in _in_chunks(self._session, self._runner, tables, shown, len(ids), rows):
+            embedding, norm = (taken[name] for name in shown)
+            yield EndsChunk(start_at, embedding, norm, logits)
+
+
+def _in_chunks(
+    session: TappedSession,
+    runner: Runner,
+    tables: Mapping[str, NDArray[Any]],
+    wanted: Sequence[str],
+    count: int,
+    rows: int,
+) -> Iterator[tuple[int, Logits, Mapping[str, NDArray[Any]]]]:
+    """Runs `count` positions with one cache, at most `rows` a call: where each begins, its logits, and its taps."""
+    cache: KVCache | None = None
+    for start_at in range(0, count, rows):
+        indexes = np.arange(start_at, min(start_at + rows, count))
+        # Fed anew for each chunk: another text may have been run in between.
+        session.feed(tables, wanted)
+        step = runner.forward(indexes[None], cache=cache, keep=0)
+        cache = step.cache
+        yield start_at, step.logits[0], session.take()
 
 
 def _check_ids(ids: Tokens, vocab_size: int) -> None:
