@@ -14,6 +14,19 @@ from pathlib import Path
 
 from gptoss_export.engines.bandwidth import Bandwidth, measure_read_bandwidth
 
+_ROUNDING_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
+_ROUNDING_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+
 _STATUS_LINE = re.compile(r"^(\w+):\s+(\d+) kB$", re.MULTILINE)
 
 
@@ -120,6 +133,17 @@ def describe_machine() -> Machine:
         usable_cores=usable_cores(),
         memory_bytes=None if total is None else int(total) * 1024,
     )
+
+
+def floating_point(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What the last bits of matrix products on this processor depend on, in one line: its name, those of its
+    instructions that libraries choose kernels by, and the environment variables that forbid them some."""
+    text = _read(cpuinfo)
+    lines = (line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith(("flags", "Features")))
+    flags = set(next(lines, ()))
+    found = [flag for flag in _ROUNDING_FLAGS if flag in flags]
+    asked = [f"{name}={value}" for name in _ROUNDING_VARIABLES if (value := os.environ.get(name))]
+    return ", ".join([describe_machine().cpu, *found, *asked])
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -44,7 +44,8 @@ class ConsistencyCheck:
 
     length: tokens in the cache before the positions that are compared (of `decode`), or of the whole text. The largest
     |logit difference|, each row's mean difference removed, KL in nats, and distance in float32 ulps; None where a logit
-    was not finite. bitwise: every bit the same.
+    was not finite. bitwise: every bit the same. diffs: the largest |logit difference| of each position that is not the
+    same in every bit and is finite, largest first.
     """
 
     name: CheckName
@@ -54,6 +55,7 @@ class ConsistencyCheck:
     kl_max: float | None
     ulps_max: int | None
     bitwise: bool
+    diffs: tuple[float, ...]
 
 
 def measure_consistency(
@@ -254,7 +256,8 @@ class _Difference:
 
     def __init__(self) -> None:
         self._positions = self._ulps = 0
-        self._diff = self._kl = 0.0
+        self._diffs: list[float] = []
+        self._kl = 0.0
         self._finite = self._bitwise = True
 
     def add(self, one: Logits, other: Logits) -> None:
@@ -267,7 +270,8 @@ class _Difference:
             elif not np.array_equal(a.view(np.int32), b.view(np.int32)):
                 self._bitwise = False
                 figures = compare(a[None], b[None], np.array([NO_TEXT]))[0]
-                self._diff, self._kl = max(self._diff, figures["diff_max"]), max(self._kl, figures["kl"])
+                self._diffs.append(float(figures["diff_max"]))
+                self._kl = max(self._kl, float(figures["kl"]))
                 self._ulps = max(self._ulps, int(np.abs(_places(a) - _places(b)).max()))
 
     def check(self, name: CheckName, length: int) -> ConsistencyCheck:
@@ -276,10 +280,11 @@ class _Difference:
             name=name,
             length=length,
             positions=self._positions,
-            logit_diff_max=float(self._diff) if ok else None,
-            kl_max=float(self._kl) if ok else None,
+            logit_diff_max=max(self._diffs, default=0.0) if ok else None,
+            kl_max=self._kl if ok else None,
             ulps_max=self._ulps if ok else None,
             bitwise=self._bitwise,
+            diffs=tuple(sorted(self._diffs, reverse=True)),
         )
 
 

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from gptoss_export.engines.machine import floating_point
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.progress import Progress
 from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.metrics import Accumulator, Metrics
+from gptoss_export.validators.positions import Texts, TextsRecord
 from gptoss_export.validators.reference import BLOCK_POSITIONS, Reference, run_reference
 from gptoss_export.validators.reference_cache import reference_for
-from gptoss_export.validators.routing import choose, compare_layers
+from gptoss_export.validators.routing import choose, compare_layers, same_experts
 
 FloorDtype = Literal["bfloat16", "float16"]
 
@@ -29,11 +33,18 @@ FloorDtype = Literal["bfloat16", "float16"]
 class FloorRecord:
     """Metrics of transformers in `dtype` against itself in float32, every position of every probe once.
 
-    token_layers: tokens x layers; diverged: those whose experts diverge, see `validators.routing`.
+    cpu: on which processor, and with which of its instructions, since oneDNN rounds by them. texts: of the distinct
+    positions, as of an artifact; none of them is settled. bulk_*: of the positions at which no layer chose other
+    experts, of all where there are no such. token_layers: tokens x layers; diverged: those whose experts diverge, see
+    `validators.routing`.
     """
 
     dtype: FloorDtype
+    cpu: str
     metrics: Metrics
+    texts: TextsRecord
+    bulk_kl_mean: float | None
+    bulk_logit_diff_max: float | None
     token_layers: int
     diverged: int
 
@@ -85,16 +96,28 @@ def run_floor(
         for start in range(0, len(probe.ids), BLOCK_POSITIONS):
             stop = min(start + BLOCK_POSITIONS, len(probe.ids))
             compare_rows(reference, index, start, rounded.logits(index, start, stop), accumulator)
-    token_layers, diverged = _routing(reference, rounded)
-    return FloorRun(FloorRecord(dtype, accumulator.metrics(), token_layers, diverged), rounded)
+    return FloorRun(_record(reference, rounded, dtype, accumulator), rounded)
 
 
-def _routing(reference: Reference, rounded: Reference) -> tuple[int, int]:
-    """Tokens x layers, and how many of them diverge."""
+def _record(reference: Reference, rounded: Reference, dtype: FloorDtype, accumulator: Accumulator) -> FloorRecord:
     probes, layers, top_k = range(len(reference.probes)), range(reference.config.num_layers), reference.config.top_k
-    compared, _ = compare_layers(
-        [[reference.router_logits(n, probe) for probe in probes] for n in layers],
-        [[choose(rounded.router_logits(n, probe), top_k) for probe in probes] for n in layers],
-        [None for _ in layers],
+    logits = [[reference.router_logits(n, probe) for probe in probes] for n in layers]
+    taken = [[choose(rounded.router_logits(n, probe), top_k) for probe in probes] for n in layers]
+    nothing = [None for _ in layers]
+    compared, _ = compare_layers(logits, taken, nothing, nothing)
+    kept = [
+        np.logical_and.reduce([same_experts(logits[n][probe], taken[n][probe]) for n in layers]) for probe in probes
+    ]
+    texts, rows = Texts(reference, nothing), accumulator.placed()
+    bulk = rows[Texts.lookup(rows, kept)]
+    bulk = bulk if len(bulk) else rows
+    return FloorRecord(
+        dtype=dtype,
+        cpu=floating_point(),
+        metrics=accumulator.metrics(),
+        texts=texts.pool([rows]),
+        bulk_kl_mean=float(bulk["kl"].mean()) if len(bulk) else None,
+        bulk_logit_diff_max=float(bulk["diff_max"].max()) if len(bulk) else None,
+        token_layers=sum(layer.tokens for layer in compared),
+        diverged=sum(layer.diverged for layer in compared),
     )
-    return sum(layer.tokens for layer in compared), sum(layer.diverged for layer in compared)

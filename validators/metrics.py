@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_export.engines.runner import Logits
+from gptoss_export.validators.binomial import median_below
 from gptoss_export.validators.streaming import NO_TEXT, ROW, Float64, Rows, compare
 
 TIE_ULPS = 2
@@ -41,7 +42,9 @@ class Metrics:
     Positions with a NaN or an infinity count as disagreements and enter no other figure; non_finite counts such
     logits, of either side. Every float is None when no position was finite.
 
-    kl_*, reverse_kl_*: nats; quantiles by nearest rank. Reverse is KL(candidate || reference).
+    kl_*, reverse_kl_*: nats; quantiles by nearest rank. Reverse is KL(candidate || reference). kl_median_low: what the
+    median of all positions of such texts is at least, by the sign test (`binomial.median_below`); 0 where they are too
+    few to say.
     top5_overlap, top10_overlap: mean share of the candidate's k best tokens that are the reference's too, of
     min(k, vocabulary). rank_*: place of the reference's best token in the candidate's order, 1 the best, equals in
     its favour. logit_diff_*: |candidate - reference| after each row's mean difference is removed (it has no effect).
@@ -63,6 +66,7 @@ class Metrics:
     non_finite: int
     kl_mean: float | None
     kl_median: float | None
+    kl_median_low: float | None
     kl_p99: float | None
     kl_p999: float | None
     kl_max: float | None
@@ -122,7 +126,7 @@ class PositionBucket:
 
 
 class Accumulator:
-    """Takes pairs of logits chunk by chunk; holds 104 bytes a position, no logits."""
+    """Takes pairs of logits chunk by chunk; holds 108 bytes a position, no logits."""
 
     def __init__(self) -> None:
         self._rows: list[Rows] = []
@@ -171,7 +175,9 @@ class Accumulator:
         same = rows["reference_token"] == rows["candidate_token"]
         # spacing() is negative for negative numbers, and best - chosen may overflow to infinity: no tie.
         with np.errstate(over="ignore"):
-            tied = ~same & (best - chosen <= TIE_ULPS * np.spacing(np.abs(best)))
+            margin = best - chosen
+            tied = ~same & (margin <= TIE_ULPS * np.spacing(np.abs(best)))
+        rows["margin"] = np.where(same | tied, 0.0, np.minimum(margin, np.finfo(np.float32).max))
         self._agreements += int(same.sum())
         self._ties += int(tied.sum())
         self._disagreements += int((~same & ~tied).sum())
@@ -191,6 +197,7 @@ class Accumulator:
             non_finite=self._non_finite,
             kl_mean=_mean(kl),
             kl_median=_quantile(kl, 0.5),
+            kl_median_low=_median_low(kl),
             kl_p99=_quantile(kl, 0.99),
             kl_p999=_quantile(kl, 0.999),
             kl_max=_max(kl),
@@ -216,7 +223,7 @@ class Accumulator:
 
     def worst(self, count: int) -> tuple[WorstPosition, ...]:
         """The `count` positions with the largest KL, worst first; each once, however often it was compared."""
-        rows = self._placed()
+        rows = self.placed()
         found: dict[tuple[int, int], WorstPosition] = {}
         for row in rows[np.lexsort((rows["position"], rows["probe"], -rows["kl"]))]:
             if len(found) >= count:
@@ -230,7 +237,7 @@ class Accumulator:
     def by_position(self) -> Mapping[int, tuple[PositionBucket, ...]]:
         """KL along each probe that was compared, in at most BUCKETS equal spans from position 0 to the last one
         compared; spans without a compared position are left out."""
-        rows = self._placed()
+        rows = self.placed()
         found = {}
         for probe in np.unique(rows["probe"]):
             mine = rows[rows["probe"] == probe]
@@ -248,7 +255,8 @@ class Accumulator:
         self._rows = [np.concatenate([np.empty(0, ROW), *self._rows])]
         return self._rows[0]
 
-    def _placed(self) -> Rows:
+    def placed(self) -> Rows:
+        """A row for each comparison that `where` was given for, as `streaming.ROW` says."""
         rows = self._all()
         placed: Rows = rows[rows["probe"] != UNPLACED]
         return placed
@@ -270,6 +278,13 @@ def _max(values: Float64) -> float | None:
 
 def _quantile(values: Float64, q: float) -> float | None:
     return float(np.quantile(values, q, method="inverted_cdf")) if len(values) else None
+
+
+def _median_low(values: Float64) -> float | None:
+    if not len(values):
+        return None
+    rank = median_below(len(values))
+    return 0.0 if rank is None else float(np.partition(values, rank)[rank])
 
 
 def _exp(value: float) -> float | None:

@@ -28,6 +28,7 @@ from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
 from gptoss_export.validators.gates import GatePolicy, override
 from gptoss_export.validators.layers import measure_layers
+from gptoss_export.validators.positions import Texts
 from gptoss_export.validators.probes import Probe, long_probe
 from gptoss_export.validators.prompts import decode
 from gptoss_export.validators.ranges import RangeMeter
@@ -101,7 +102,7 @@ def validate(
     gates = override(table, overrides or {})
     tokens = sum(len(probe.ids) for probe in reference.probes)
     for floor in yardstick.floors.values():
-        if floor.metrics.positions != tokens:
+        if floor.metrics.positions != tokens or floor.texts.positions > tokens:
             raise NotValidatedError(
                 f"the noise floor is over {floor.metrics.positions} positions, the probes are {tokens} tokens",
                 "Measure the floor with the reference that the artifact is compared with.",
@@ -132,13 +133,19 @@ def validate(
         kl_by_position=_by_position(run, reference),
         bisection=bisection,
         policy=policy,
-        floors=tuple(yardstick.floors.values()),
+        floors=_own_floors(yardstick, policy),
         overrides=dict(overrides or {}),
         table_gates=table,
         gates=gates,
         verdict=judge(evidence, gates),
         binding=subject.binding,
     )
+
+
+def _own_floors(yardstick: Yardstick, policy: GatePolicy) -> tuple[FloorRecord, ...]:
+    """A quick report has the floor of its own gates alone, so that it is the same whatever was exported beside it."""
+    floors = yardstick.floors.values()
+    return tuple(floor for floor in floors if yardstick.effort == "full" or floor.dtype == policy.floor_dtype)
 
 
 def _look_into(
@@ -150,6 +157,7 @@ def _look_into(
     ends = measure_ends(subject.inspector, reference, rows, progress=progress)
     errors = [record.router for record in layers]
     routing = measure_routing(subject.inspector, reference, errors, rows, progress=progress)
+    texts = Texts(reference, [row.replay_error for row in routing.layers])
     consistency = measure_consistency(
         subject.runner,
         [probe.ids for probe in reference.probes],
@@ -163,7 +171,8 @@ def _look_into(
     )
     return Evidence(
         num_layers=reference.config.num_layers,
-        scenarios=run.results,
+        scenarios=run.results(texts),
+        texts=run.pooled(texts),
         routing=routing,
         layers=layers,
         ends=ends,

@@ -24,7 +24,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from gptoss_export.engines.machine import describe_machine
+from gptoss_export.engines.machine import floating_point
 from gptoss_export.exporter.checkpoint.files import open_regular
 from gptoss_export.exporter.checkpoint.json_reader import read_json_object
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
@@ -99,7 +99,7 @@ def cache_key(files: Mapping[str, str], probes: Sequence[Probe], dtype: Dtype) -
         "probes": [[probe.name, probe.sha256] for probe in probes],
         "dtype": dtype,
         "versions": {name: version(name) for name in _PACKAGES},
-        "machine": [platform.machine(), describe_machine().cpu],
+        "machine": [platform.machine(), floating_point()],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
 

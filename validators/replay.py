@@ -16,7 +16,7 @@ from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.metrics import Accumulator
 from gptoss_export.validators.probes import Probe
 from gptoss_export.validators.reference import Reference
-from gptoss_export.validators.routing import RoutingRecord, choose, compare_layers
+from gptoss_export.validators.routing import RoutingRecord, choose, compare_layers, log_weight_error
 
 
 def measure_routing(
@@ -37,8 +37,9 @@ def measure_routing(
             taken.append(_experts(inspector, probe, rows))
             task.advance(1)
         accumulator = Accumulator()
+        noise: list[float | None] = [None] * inspector.num_layers
         for index in range(len(reference.probes)):
-            _replay(inspector, reference, index, rows, accumulator)
+            _replay(inspector, reference, index, rows, accumulator, noise)
             task.advance(1)
         replay = accumulator.metrics()
     probes = range(len(taken))
@@ -46,6 +47,7 @@ def measure_routing(
         [[reference.trace.router_logits(n, probe) for probe in probes] for n in range(inspector.num_layers)],
         [[experts[:, n] for experts in taken] for n in range(inspector.num_layers)],
         router_errors,
+        noise,
     )
     return RoutingRecord(layers, worst, replay)
 
@@ -56,9 +58,21 @@ def _experts(inspector: Inspector, probe: Probe, rows: int) -> NDArray[np.int64]
     return np.concatenate([chunk.experts for chunk in inspector.route(ids, rows=rows)])
 
 
-def _replay(inspector: Inspector, reference: Reference, probe: int, rows: int, accumulator: Accumulator) -> None:
+def _replay(
+    inspector: Inspector,
+    reference: Reference,
+    probe: int,
+    rows: int,
+    accumulator: Accumulator,
+    noise: list[float | None],
+) -> None:
+    """Adds the logits to the accumulator, and raises each layer's noise to what this probe shows of it."""
     ids = np.array(reference.probes[probe].ids, np.int64)
     layers = range(inspector.num_layers)
     chosen = [choose(reference.trace.router_logits(n, probe), reference.config.top_k) for n in layers]
     for chunk in inspector.route(ids, experts=np.stack(chosen, axis=1), rows=rows):
         compare_rows(reference, probe, chunk.start, chunk.logits, accumulator)
+        here = slice(chunk.start, chunk.start + len(chunk.logits))
+        for n in layers:
+            error = log_weight_error(reference.router_logits(n, probe)[here], chunk.weights[:, n], chosen[n][here])
+            noise[n] = max((e for e in (noise[n], error) if e is not None), default=None)

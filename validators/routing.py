@@ -1,14 +1,14 @@
 """Which experts the artifact sends its tokens to, layer by layer, against those of the reference.
 
-    layers, worst = compare_layers(reference_logits, experts, router_errors)
+    layers, worst = compare_layers(reference_logits, experts, router_errors, replay_errors)
 
 The router picks the top-k of E logits, so a difference in the last bit can exchange an expert for another, and what
 follows then differs by far more than a bit. A flip is therefore classed by its margin: how much larger the reference
 held the logit of the expert that was left out than the one that was taken instead.
 
     tie          the reference itself holds both equal, to TIE_ULPS float32 ulps
-    near-tie     within NEAR_ULPS bfloat16 ulps, or within what the artifact's router is off by when it is given the
-                 reference's own input
+    near-tie     within NEAR_ULPS bfloat16 ulps, or within NOISE_FACTOR times what the artifact's router is off by when
+                 all layers before it send every token where the reference does
     consequence  more than that, after a flip in a lower layer at this position or one before it: its input is another
     divergence   more than that, and nothing below it flipped: an error came in, or the router is wrong
 """
@@ -25,6 +25,10 @@ from numpy.typing import NDArray
 from gptoss_export.validators.metrics import TIE_ULPS, Metrics
 
 NEAR_ULPS = 2
+NOISE_FACTOR = 4.0
+"""A margin of so many times a router's noise cannot be closed by it: both logits may be off, either way, and by twice
+of what the positions at hand happen to show."""
+
 WORST_FLIPS = 20
 """So many flips a record names, those of the largest margin."""
 
@@ -56,7 +60,8 @@ class RoutingLayer:
     same_order: the same experts in the same order; same_set: in any order, so it counts those as well; the rest are
     ties + near_ties + consequences + diverged. margin_max, mass_mean: over the rest, None where nothing was flipped.
     router_error: the largest difference of a log weight of the artifact's router from the reference's, both given the
-    reference's input. visits: tokens that the reference sends to each expert.
+    reference's input; replay_error: the same in the replay, where it has what rounding made of that input in the layers
+    before, which is the noise that decides near-ties. visits: tokens that the reference sends to each expert.
     """
 
     layer: int
@@ -70,6 +75,7 @@ class RoutingLayer:
     margin_max: float | None
     mass_mean: float | None
     router_error: float | None
+    replay_error: float | None
     visits: tuple[int, ...]
 
 
@@ -114,6 +120,7 @@ def compare_layers(
     logits: Sequence[Sequence[NDArray[np.float32]]],
     experts: Sequence[Sequence[NDArray[np.int64]]],
     router_errors: Sequence[float | None],
+    replay_errors: Sequence[float | None],
 ) -> tuple[tuple[RoutingLayer, ...], tuple[Flip, ...]]:
     """Every layer from the first on, and the WORST_FLIPS flips: `compare_layer`, a sequence of layers of probes each.
 
@@ -122,8 +129,8 @@ def compare_layers(
     reached: list[int | None] = [None] * len(experts[0])
     layers: list[RoutingLayer] = []
     worst: list[Flip] = []
-    for n, (of_reference, taken, error) in enumerate(zip(logits, experts, router_errors, strict=True)):
-        layer, flips = compare_layer(n, of_reference, taken, error, tuple(reached))
+    for n, (of_reference, taken, *errors) in enumerate(zip(logits, experts, router_errors, replay_errors, strict=True)):
+        layer, flips = compare_layer(n, of_reference, taken, *errors, tuple(reached))
         layers.append(layer)
         worst = sorted([*worst, *flips], key=lambda flip: -flip.margin)[:WORST_FLIPS]
         for flip in flips:
@@ -137,6 +144,7 @@ def compare_layer(
     logits: Sequence[NDArray[np.float32]],
     experts: Sequence[NDArray[np.int64]],
     router_error: float | None,
+    replay_error: float | None,
     reached: Sequence[int | None] | None = None,
 ) -> tuple[RoutingLayer, list[Flip]]:
     """logits: the reference's [n, E] a probe; experts: the artifact's [n, K] a probe. All flips, largest margin first.
@@ -158,7 +166,7 @@ def compare_layer(
         same_set += int(in_set.sum())
         for position in np.flatnonzero(~in_set):
             row = of_reference[position].astype(np.float64)
-            flip = _flip(layer, probe, int(position), row, chosen[position], taken[position], router_error)
+            flip = _flip(layer, probe, int(position), row, chosen[position], taken[position], replay_error)
             first = None if reached is None else reached[probe]
             if flip.kind == "divergence" and first is not None and position >= first:
                 flip = replace(flip, kind="consequence")
@@ -177,6 +185,7 @@ def compare_layer(
         margin_max=flips[0].margin if flips else None,
         mass_mean=float(np.mean([flip.mass for flip in flips])) if flips else None,
         router_error=router_error,
+        replay_error=replay_error,
         visits=tuple(visits.tolist()),
     )
     return record, flips
@@ -189,7 +198,7 @@ def _flip(
     logits: NDArray[np.float64],
     chosen: NDArray[np.int64],
     taken: NDArray[np.int64],
-    router_error: float | None,
+    noise: float | None,
 ) -> Flip:
     weights = np.exp(logits[chosen] - logits[chosen].max())
     lost = ~np.isin(chosen, taken)
@@ -199,7 +208,7 @@ def _flip(
     worst = int(gained[np.argmin(logits[gained])]) if len(gained) else int(np.argmin(logits))
     margin = float(logits[left] - logits[worst])
     largest = np.float32(max(abs(logits[left]), abs(logits[worst])))
-    near = max(NEAR_ULPS * bfloat16_ulp(float(largest)), router_error or 0.0)
+    near = max(NEAR_ULPS * bfloat16_ulp(float(largest)), NOISE_FACTOR * (noise or 0.0))
     kind: FlipKind = "divergence"
     if margin <= TIE_ULPS * float(np.spacing(largest)):
         kind = "tie"

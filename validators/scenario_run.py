@@ -16,6 +16,7 @@ from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.evidence import ScenarioResult
 from gptoss_export.validators.metrics import Accumulator, PositionBucket, WorstPosition
+from gptoss_export.validators.positions import Texts, TextsRecord
 from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.scenarios import Call, Case, Effort, plan
 
@@ -28,11 +29,33 @@ WORST = 10
 
 @dataclass(frozen=True)
 class ScenarioRun:
-    """worst: the positions with the largest KL of each scenario, by its name; by_position: of `prefill`, by probe."""
+    """What came out of each scenario, in the order of SCENARIOS; calls: by its name, how many it took."""
 
-    results: tuple[ScenarioResult, ...]
-    worst: Mapping[str, tuple[WorstPosition, ...]]
-    by_position: Mapping[int, tuple[PositionBucket, ...]]
+    calls: Mapping[str, int]
+    accumulators: Mapping[str, Accumulator]
+
+    def results(self, texts: Texts) -> tuple[ScenarioResult, ...]:
+        """The scenarios' figures, and those of their settled positions."""
+        return tuple(
+            ScenarioResult(name, self.calls[name], accumulator.metrics(), texts.settled_figures(accumulator.placed()))
+            for name, accumulator in self.accumulators.items()
+        )
+
+    def pooled(self, texts: Texts) -> TextsRecord | None:
+        """All scenarios together; None where there is none."""
+        rows = [accumulator.placed() for accumulator in self.accumulators.values()]
+        return texts.pool(rows) if rows else None
+
+    @property
+    def worst(self) -> Mapping[str, tuple[WorstPosition, ...]]:
+        """The positions with the largest KL of each scenario, by its name."""
+        return {name: accumulator.worst(WORST) for name, accumulator in self.accumulators.items()}
+
+    @property
+    def by_position(self) -> Mapping[int, tuple[PositionBucket, ...]]:
+        """KL along the text in `prefill`, by probe."""
+        found = self.accumulators.get("prefill")
+        return {} if found is None else found.by_position()
 
 
 def live_rows(vocab_size: int) -> int:
@@ -61,21 +84,14 @@ def run_scenarios(
     lengths = [len(probe.ids) for probe in reference.probes]
     cases = plan(lengths, reference.config.sliding_window, live_rows(reference.vocab_size), effort, max_batch)
     total = sum(len(case.calls) for scenario in cases.values() for case in scenario)
-    results: list[ScenarioResult] = []
-    worst: dict[str, tuple[WorstPosition, ...]] = {}
-    by_position: Mapping[int, tuple[PositionBucket, ...]] = {}
+    accumulators = {name: Accumulator() for name in cases}
     with (progress or SilentProgress()).task("parity", total=total) as task:
         for name, scenario in cases.items():
-            accumulator = Accumulator()
             for case in scenario:
-                _run(runner, reference, case, accumulator)
+                _run(runner, reference, case, accumulators[name])
                 task.advance(len(case.calls))
-            calls = sum(len(case.calls) for case in scenario)
-            results.append(ScenarioResult(name, calls, accumulator.metrics()))
-            worst[name] = accumulator.worst(WORST)
-            if name == "prefill":
-                by_position = accumulator.by_position()
-    return ScenarioRun(tuple(results), worst, by_position)
+    calls = {name: sum(len(case.calls) for case in scenario) for name, scenario in cases.items()}
+    return ScenarioRun(calls, accumulators)
 
 
 def _run(runner: Runner, reference: Reference, case: Case, accumulator: Accumulator) -> None:

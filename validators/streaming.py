@@ -40,6 +40,7 @@ ROW = np.dtype(
         ("candidate_token", "<i4"),
         ("following", "<i4"),
         ("rank", "<i4"),
+        ("margin", "<f4"),
         ("kl", "<f8"),
         ("reverse_kl", "<f8"),
         ("top5", "<f8"),
@@ -52,8 +53,9 @@ ROW = np.dtype(
         ("prob_diff", "<f8"),
     ]
 )
-"""What is kept of a row: 104 bytes. log_p: the reference's log-probability of the text's next token, log_ratio:
-log p - log q of it, prob_diff: q - p of it; NaN where `following` is NO_TEXT."""
+"""What is kept of a row: 108 bytes. margin: how much larger the reference holds its best token than the candidate's, 0
+where both are the same; left to the caller, as `probe` and `position` are. log_p: the reference's log-probability of
+the text's next token, log_ratio: log p - log q of it, prob_diff: q - p of it; NaN where `following` is NO_TEXT."""
 
 Rows = NDArray[np.void]
 
@@ -61,7 +63,7 @@ Rows = NDArray[np.void]
 def compare(reference: Logits, candidate: Logits, following: Indices) -> Rows:
     """Figures [n] ROW of finite logits [n, vocab] float32; following [n]: the text's next tokens or NO_TEXT.
 
-    `probe` and `position` are left to the caller.
+    `probe`, `position` and `margin` are left to the caller.
     """
     rows = np.zeros(len(reference), ROW)
     # Once for all blocks: fresh memory costs more than what is computed in it.

@@ -117,11 +117,13 @@ def import_results(settings: Settings, folder: Path, results: Path, effort: Effo
 
 
 def _cases(name: str, m: Metrics, report: ParityReport) -> list[Case]:
-    """The gates of a scenario; the narrow ones, since nothing is known of where tokens went in this run."""
-    from gptoss_export.validators.evidence import ScenarioResult
-    from gptoss_export.validators.verdict import scenario_cases
+    """The narrow gates, since nothing is known of where tokens went in this run."""
+    from gptoss_export.validators.verdict import Case, distribution_cases
 
-    return [case for case in scenario_cases([ScenarioResult(name, 1, m)], report.gates) if case.where == name]
+    agreement, least = m.top1_agreement, report.gates.min_top1_agreement
+    kept = agreement is not None and agreement >= least
+    top1 = Case(name, "min_top1_agreement", agreement, least, kept)
+    return [*distribution_cases(name, m, report.gates), top1]
 
 
 def _report_or_none(folder: Path) -> ParityReport | None:

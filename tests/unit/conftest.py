@@ -19,6 +19,7 @@ from gptoss_export.exporter.measure import record
 from gptoss_export.exporter.origin import Origin
 from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.weights import WeightsMode, hash_files
+from gptoss_export.validators.binomial import median_below
 from gptoss_export.validators.consistency import CHECKS, ConsistencyCheck
 from gptoss_export.validators.ends import EndsRecord
 from gptoss_export.validators.evidence import Evidence, ScenarioResult
@@ -26,6 +27,7 @@ from gptoss_export.validators.floor import FloorRecord
 from gptoss_export.validators.gates import GATES, override
 from gptoss_export.validators.layers import Bisection, Finding, LayerRecord
 from gptoss_export.validators.metrics import HISTOGRAM_EDGES, Metrics
+from gptoss_export.validators.positions import SettledFigures, TextsRecord
 from gptoss_export.validators.ranges import LIMITS, RangeRecord
 from gptoss_export.validators.report.schema import (
     SCHEMA_VERSION,
@@ -65,6 +67,7 @@ def metrics(kl: Sequence[float], **changes: Any) -> Metrics:
         non_finite=0,
         kl_mean=float(np.mean(kl)),
         kl_median=quantile[0.5],
+        kl_median_low=0.0 if (rank := median_below(n)) is None else float(sorted(kl)[rank]),
         kl_p99=quantile[0.99],
         kl_p999=quantile[0.999],
         kl_max=float(max(kl)),
@@ -111,7 +114,8 @@ def made_evidence(layers: int = 2, experts: int = 4, tokens: int = 69, seed: int
         ties = layer % 2
         same = tokens - ties
         flipped = (1e-7, 0.01) if ties else (None, None)
-        routing.append(RoutingLayer(layer, tokens, same - 1, same, ties, 0, 0, 0, *flipped, 2e-6, tuple(visits)))
+        errors = (2e-6, 3e-6)
+        routing.append(RoutingLayer(layer, tokens, same - 1, same, ties, 0, 0, 0, *flipped, *errors, tuple(visits)))
     flips = tuple(Flip(r.layer, 1, 3, "tie", 0, 1, 1e-7, 0.01) for r in routing if r.ties)[:20]
     spans = []
     for layer in range(layers):
@@ -121,7 +125,8 @@ def made_evidence(layers: int = 2, experts: int = 4, tokens: int = 69, seed: int
             spans.append(RangeRecord(layer, kind, largest, "q_proj", 2.5, "self_attn.q_proj.weight", bits, 0, 3))
     return Evidence(
         num_layers=layers,
-        scenarios=tuple(ScenarioResult(name, 3, metrics(kl)) for name in SCENARIOS),
+        scenarios=tuple(ScenarioResult(name, 3, metrics(kl), SettledFigures(9, max(kl), 7e-6)) for name in SCENARIOS),
+        texts=TextsRecord(tokens, tokens - 2, float(np.mean(kl)), max(kl), ()),
         routing=RoutingRecord(tuple(routing), flips, metrics(kl)),
         layers=tuple(
             LayerRecord(
@@ -138,9 +143,9 @@ def made_evidence(layers: int = 2, experts: int = 4, tokens: int = 69, seed: int
         ends=EndsRecord(tokens, 0.0, 10 ** draw.gauss(-6.3, 0.1), 10 ** draw.gauss(-6.3, 0.1), 0),
         ranges=tuple(spans),
         consistency=tuple(
-            ConsistencyCheck(name, 16, 8, 0.0, 0.0, 0, True)
+            ConsistencyCheck(name, 16, 8, 0.0, 0.0, 0, True, ())
             if name == "repeat"
-            else ConsistencyCheck(name, 16, 8, 3e-6, 1e-13, 40, False)
+            else ConsistencyCheck(name, 16, 8, 3e-6, 1e-13, 40, False, (3e-6, 1e-6))
             for name in CHECKS
         ),
         looked_into="",
@@ -187,8 +192,13 @@ def made_report(evidence: Evidence | None = None, **changes: Any) -> ParityRepor
 
 
 def with_scenario(evidence: Evidence, name: str, **changes: Any) -> Evidence:
-    """The evidence with some metrics of one scenario changed."""
-    scenarios = [replace(s, metrics=replace(s.metrics, **changes)) if s.name == name else s for s in evidence.scenarios]
+    """The evidence with some metrics of one scenario changed; its settled positions differ as much in their logits."""
+    scenarios = []
+    for s in evidence.scenarios:
+        diff = changes.get("logit_diff_max", s.settled.logit_diff_max)
+        settled = replace(s.settled, logit_diff_max=diff)
+        changed = replace(s, metrics=replace(s.metrics, **changes), settled=settled)
+        scenarios.append(changed if s.name == name else s)
     return replace(evidence, scenarios=tuple(scenarios))
 
 
@@ -201,7 +211,8 @@ def wrong_layer(evidence: Evidence, layer: int) -> Evidence:
 def made_floor(dtype: str = "float16", layers: int = 2) -> FloorRecord:
     kl = [2e-4] * 68 + [1e-2]
     floor = metrics(kl, agreements=67, ties=1, disagreements=1, logit_diff_mean=6e-3, logit_diff_max=0.25)
-    return FloorRecord(dtype, floor, 69 * layers, 1)  # type: ignore[arg-type]
+    texts = TextsRecord(69, 0, floor.kl_mean, floor.kl_max, (0.05,))
+    return FloorRecord(dtype, "A CPU, avx2", floor, texts, 2e-4, 0.05, 69 * layers, 1)  # type: ignore[arg-type]
 
 
 FOUND = Bisection(
@@ -245,12 +256,9 @@ def made_120b() -> ParityReport:
         mean = tuple(10 ** (draw.gauss(-12, 0.4) + (2 if edge > 128 else 0)) for edge in edges[:-1])
         peak = tuple(2 * value for value in mean)
         courses.append(KLByPosition(probe.name, tuple(edges[:-1]), tuple(edges[1:]), mean, peak))
-    floor = FloorRecord(
-        "float16",
-        metrics([10 ** draw.gauss(-5, 0.6) for _ in range(tokens)], logit_diff_max=0.05, logit_diff_mean=1e-3),
-        tokens * layers,
-        40,
-    )
+    floored = metrics([10 ** draw.gauss(-5, 0.6) for _ in range(tokens)], logit_diff_max=0.05, logit_diff_mean=1e-3)
+    texts = TextsRecord(tokens, 0, floored.kl_mean, floored.kl_max, ())
+    floor = FloorRecord("float16", "A CPU", floored, texts, 2e-5, 0.04, tokens * layers, 40)
     shards = {f"model-{k:05}-of-00014.safetensors": "e" * 64 for k in range(14)}
     return made_report(
         evidence,
@@ -290,7 +298,9 @@ def samples() -> Samples:
     good = made_evidence()
     bad = wrong_layer(with_scenario(good, "decode", logit_diff_max=5.0), 1)
     fp16: dict[str, Any] = {"policy": GATES["trt-fp16"], "floors": (made_floor(),), "target": "trt-fp16"}
-    broken = replace(good, scenarios=tuple(ScenarioResult(s.name, 3, nothing_finite(69)) for s in good.scenarios))
+    settled, texts = SettledFigures(0, None, None), TextsRecord(0, 0, None, None, ())
+    scenarios = tuple(ScenarioResult(s.name, 3, nothing_finite(69), settled) for s in good.scenarios)
+    broken = replace(good, scenarios=scenarios, texts=texts)
     return Samples(
         passing=made_report(good),
         failing=made_report(bad, bisection=FOUND),
@@ -300,7 +310,9 @@ def samples() -> Samples:
         executed_in_16_bits=made_report(good, **fp16),
         not_finite=made_report(broken),
         not_measured=made_report(
-            replace(good, scenarios=(), routing=None, layers=(), ranges=(), consistency=()), worst=(), kl_by_position=()
+            replace(good, scenarios=(), texts=None, routing=None, layers=(), ranges=(), consistency=()),
+            worst=(),
+            kl_by_position=(),
         ),
         largest=made_120b(),
     )

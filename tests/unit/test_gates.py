@@ -11,7 +11,18 @@ import pytest
 from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
-from gptoss_export.validators.gates import EXACT, GATE_NAMES, GATES, GatePolicy, Gates, loosened, override
+from gptoss_export.validators.gates import (
+    EXACT,
+    GATE_NAMES,
+    GATES,
+    POSITION,
+    FloorCounts,
+    GatePolicy,
+    Gates,
+    loosened,
+    override,
+)
+from gptoss_export.validators.positions import TextsRecord
 
 FP16 = GATES["trt-fp16"]
 
@@ -25,11 +36,13 @@ def floor(evidence: Evidence) -> FloorRecord:
         ties=4,
         disagreements=10,
         kl_mean=1e-4,
+        kl_median=2e-5,
         kl_max=1e-2,
         logit_diff_mean=6e-3,
         logit_diff_max=0.5,
     )
-    return FloorRecord("float16", figures, token_layers=1600, diverged=7)
+    texts = TextsRecord(390, 0, 2e-2, 5e-2, (0.3, 0.1))
+    return FloorRecord("float16", "A CPU", figures, texts, 4e-5, 0.2, token_layers=1600, diverged=7)
 
 
 def test_the_gates_of_the_targets() -> None:
@@ -37,13 +50,12 @@ def test_the_gates_of_the_targets() -> None:
     for target, policy in GATES.items():
         assert policy.floor_dtype == {"trt-fp16": "float16", "trt-bf16": "bfloat16"}.get(target)
         assert policy.factor == 3.0
+        assert policy.absolute.beside is None and policy.absolute.by_hand == ()
         if policy.floor_dtype is None:
             assert policy.resolve(None) == policy.absolute
-        exact = policy.absolute.min_top1_agreement == 1.0
-        assert policy.absolute.spare_positions == (0 if exact else 1)
-        assert policy.absolute.spare_kl == 0.0
     assert GATES["onnx"].absolute == EXACT
-    assert (EXACT.max_kl_mean, EXACT.max_logit_diff, EXACT.min_top1_agreement) == (1e-9, 1e-4, 1.0)
+    assert (EXACT.max_kl_mean, EXACT.max_kl_median, EXACT.max_kl_position) == (1e-9, 1e-9, 1e-8)
+    assert (EXACT.max_logit_diff, EXACT.max_diverged) == (1e-4, 0.0)
 
 
 def test_no_target_passes_what_saturates_or_is_no_model() -> None:
@@ -52,19 +64,21 @@ def test_no_target_passes_what_saturates_or_is_no_model() -> None:
         assert gates.min_headroom_bits >= 1.0
         assert gates.min_top1_agreement >= 0.99
         assert gates.max_kl_mean <= 1e-3
+        assert gates.max_text_kl_mean <= 1e-2
         assert gates.max_layer_error <= 4e-2
-        assert gates.max_diverged <= 0.05
+        assert gates.max_diverged <= 0.01
 
 
 def test_gates_follow_from_the_floor(floor: FloorRecord) -> None:
     gates = FP16.resolve(floor)
-    assert (gates.max_kl_mean, gates.max_logit_diff) == pytest.approx((3e-4, 1.5), rel=1e-12)
-    assert gates.min_top1_agreement == pytest.approx(1 - 3 * 11 / 402, rel=1e-12)
-    assert (gates.spare_positions, gates.spare_kl) == (1, pytest.approx(3e-2, rel=1e-12))
-    assert gates.kl_limit(27) == pytest.approx(3e-4 + 3e-2 / 27, rel=1e-12)
-    assert (gates.max_self_diff, gates.max_repeat_diff) == pytest.approx((1.5, 1.5), rel=1e-12)
-    assert gates.max_diverged == pytest.approx(3 * 8 / 1602, rel=1e-12)
-    for name in ("max_layer_error", "max_router_error", "min_headroom_bits"):
+    # What is judged where no expert is exchanged follows from the floor's positions of that kind, not from all.
+    assert (gates.max_kl_mean, gates.max_logit_diff) == pytest.approx((1.2e-4, 0.6), rel=1e-12)
+    assert gates.max_kl_position == pytest.approx(POSITION * 1.2e-4, rel=1e-12)
+    assert (gates.max_self_diff, gates.max_repeat_diff) == pytest.approx((0.6, 0.6), rel=1e-12)
+    assert gates.max_kl_median == pytest.approx(6e-5, rel=1e-12)
+    assert gates.max_text_kl_mean == pytest.approx(6e-2, rel=1e-12)
+    assert gates.beside == FloorCounts(390, (0.3, 0.1), 1600, 7)
+    for name in ("max_layer_error", "max_router_error", "min_headroom_bits", "min_top1_agreement", "max_diverged"):
         assert getattr(gates, name) == getattr(FP16.absolute, name)
 
 
@@ -74,10 +88,10 @@ def test_an_engine_that_has_to_repeat_itself_to_the_bit_does_so_whatever_the_flo
 
 
 def test_a_small_floor_leaves_the_absolute_gates(floor: FloorRecord) -> None:
-    m = replace(floor.metrics, agreements=400, ties=0, disagreements=0, kl_mean=0.0, kl_max=0.0, logit_diff_max=0.0)
-    gates = FP16.resolve(replace(floor, metrics=m, diverged=0))
-    assert replace(gates, max_diverged=0.0) == FP16.absolute
-    assert gates.max_diverged == pytest.approx(3 / 1602)
+    m = replace(floor.metrics, agreements=400, ties=0, disagreements=0, kl_mean=0.0, kl_median=0.0, kl_max=0.0)
+    texts = TextsRecord(390, 0, 0.0, 0.0, ())
+    none = replace(floor, metrics=m, texts=texts, bulk_kl_mean=0.0, bulk_logit_diff_max=0.0, diverged=0)
+    assert replace(FP16.resolve(none), beside=None) == FP16.absolute
 
 
 @pytest.mark.parametrize(
@@ -85,19 +99,15 @@ def test_a_small_floor_leaves_the_absolute_gates(floor: FloorRecord) -> None:
     [
         ({"positions": 0, "agreements": 0, "ties": 0, "disagreements": 0}, "no position"),
         ({"kl_mean": None}, "no position"),
-        ({"kl_max": None}, "no position"),
-        ({"kl_max": math.inf}, "cannot be"),
-        ({"kl_max": math.nan}, "cannot be"),
-        ({"logit_diff_max": None}, "no position"),
+        ({"kl_median": None}, "no position"),
+        ({"kl_median": math.inf}, "cannot be"),
         ({"kl_mean": math.nan}, "cannot be"),
         ({"kl_mean": math.inf}, "cannot be"),
         ({"kl_mean": -1e-9}, "cannot be"),
-        ({"logit_diff_max": math.nan}, "cannot be"),
-        ({"logit_diff_max": math.inf}, "cannot be"),
         ({"agreements": 500}, "cannot be"),
         ({"agreements": -9}, "cannot be"),
         ({"kl_mean": 0.5}, "too far"),
-        ({"agreements": 320, "disagreements": 76}, "too far"),
+        ({"agreements": 120, "disagreements": 276}, "too far"),
     ],
 )
 def test_a_floor_that_is_none_is_an_error_and_no_loose_gate(
@@ -108,23 +118,28 @@ def test_a_floor_that_is_none_is_an_error_and_no_loose_gate(
     assert error.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bulk_kl_mean": None}, "no position"),
+        ({"bulk_logit_diff_max": math.nan}, "cannot be"),
+        ({"texts": TextsRecord(0, 0, None, None, ())}, "no position"),
+        ({"texts": TextsRecord(401, 0, 1e-4, 1e-3, ())}, "cannot be so many"),
+        ({"texts": TextsRecord(1, 0, 1e-4, 1e-3, (0.2, 0.1))}, "cannot be so many"),
+        ({"token_layers": 399}, "cannot have changed experts"),
+        ({"token_layers": 0, "diverged": 0}, "cannot have changed experts"),
+        ({"diverged": 1601}, "cannot have changed experts"),
+        ({"diverged": -1}, "cannot have changed experts"),
+    ],
+)
+def test_a_floor_whose_parts_cannot_be(changes: dict[str, Any], reason: str, floor: FloorRecord) -> None:
+    with pytest.raises(NotValidatedError, match=reason):
+        FP16.resolve(replace(floor, **changes))
+
+
 def test_a_floor_that_leaves_the_types_range_excuses_nothing(floor: FloorRecord) -> None:
     beyond = replace(floor, metrics=replace(floor.metrics, non_finite=1, kl_mean=None))
     assert FP16.resolve(beyond) == FP16.absolute
-
-
-@pytest.mark.parametrize(
-    "routing",
-    [
-        {"token_layers": 399},
-        {"token_layers": 0, "diverged": 0},
-        {"diverged": 1601},
-        {"diverged": -1},
-    ],
-)
-def test_a_floor_whose_routing_cannot_be(routing: dict[str, int], floor: FloorRecord) -> None:
-    with pytest.raises(NotValidatedError, match="cannot have changed experts"):
-        FP16.resolve(replace(floor, **routing))
 
 
 @pytest.mark.parametrize(
@@ -148,26 +163,21 @@ def test_a_factor_that_gates_nothing_or_everything(factor: float) -> None:
 
 
 def test_every_limit_can_be_set_by_hand() -> None:
-    others = {"spare_positions", "spare_kl", "flip_kl_mean", "flip_logit_diff", "flip_top1"}
-    assert {*GATE_NAMES, *others} == {field.name for field in fields(Gates)}
+    assert {*GATE_NAMES, "beside", "by_hand"} == {field.name for field in fields(Gates)}
     for name in GATE_NAMES:
-        assert getattr(override(EXACT, {name: 0.5}), name) == 0.5
+        changed = override(EXACT, {name: 0.5})
+        assert getattr(changed, name) == 0.5
+        assert changed.by_hand == (name,)
     assert override(EXACT, {}) == EXACT
-
-
-def test_a_limit_set_by_hand_spares_nothing() -> None:
-    spared = replace(EXACT, spare_positions=1, spare_kl=0.1)
-    assert override(spared, {"max_kl_mean": 1.0}).spare_kl == 0.0
-    assert override(spared, {"max_kl_mean": 1.0}).spare_positions == 1
-    assert override(spared, {"min_top1_agreement": 0.5}).spare_positions == 0
-    assert override(spared, {"max_diverged": 0.5}).spare_kl == 0.1
+    both = override(override(EXACT, {"max_kl_mean": 1.0}), {"max_diverged": 0.1, "max_kl_mean": 2.0})
+    assert both.by_hand == ("max_diverged", "max_kl_mean")
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"max_kl": 1.0}, "there is no gate 'max_kl'; there are max_kl_mean"),
-        ({"spare_positions": 1}, "there is no gate"),
+        ({"beside": 1}, "there is no gate"),
         ({"max_kl_mean": -1e-9}, "no limit"),
         ({"max_kl_mean": math.nan}, "no limit"),
         ({"max_kl_mean": math.inf}, "no limit"),

@@ -11,10 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+from gptoss_export.validators.consistency import ConsistencyCheck
 from gptoss_export.validators.evidence import Evidence
-from gptoss_export.validators.gates import Gates
+from gptoss_export.validators.gates import FloorCounts, Gates
 from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.metrics import BUCKETS, HISTOGRAM_EDGES, Metrics
+from gptoss_export.validators.positions import TextsRecord
 from gptoss_export.validators.ranges import RangeRecord
 from gptoss_export.validators.report.schema import KLByPosition, ParityReport
 from gptoss_export.validators.routing import WORST_FLIPS, Flip, RoutingLayer, RoutingRecord
@@ -27,6 +29,7 @@ LARGEST_FLOAT = sys.float_info.max
 MOST_LAYERS = 1024
 MOST_EXPERTS = 4096
 MOST_ITEMS = 4096
+MOST_POSITIONS = 1 << 20
 
 _SHARE: Bounds = (0.0, 1.0)
 _ANY: Bounds = (-LARGEST_FLOAT, LARGEST_FLOAT)
@@ -59,6 +62,9 @@ ITEMS: Mapping[type, Mapping[str, tuple[int, int]]] = {
     RoutingLayer: {"visits": (1, MOST_EXPERTS)},
     RoutingRecord: {"layers": (0, MOST_LAYERS), "worst": (0, WORST_FLIPS)},
     Evidence: {"layers": (0, MOST_LAYERS), "ranges": (0, 8 * MOST_LAYERS)},
+    TextsRecord: {"margins": (0, MOST_POSITIONS)},
+    FloorCounts: {"margins": (0, MOST_POSITIONS)},
+    ConsistencyCheck: {"diffs": (0, MOST_POSITIONS)},
     KLByPosition: dict.fromkeys(("start", "stop", "mean", "max"), (0, BUCKETS)),
     ParityReport: {"floors": (0, 2)},
     Verdict: {"failures": (0, 64 * MOST_LAYERS)},

@@ -10,9 +10,10 @@ from collections.abc import Hashable, Iterable
 from datetime import datetime
 
 from gptoss_export.exporter.errors import NotValidatedError
-from gptoss_export.validators.evidence import Evidence
+from gptoss_export.validators.evidence import Evidence, ScenarioResult
 from gptoss_export.validators.gates import override
 from gptoss_export.validators.metrics import HISTOGRAM_EDGES, Metrics
+from gptoss_export.validators.positions import TextsRecord
 from gptoss_export.validators.ranges import LIMITS, RangeRecord
 from gptoss_export.validators.report.schema import ParityReport
 from gptoss_export.validators.routing import RoutingLayer, RoutingRecord
@@ -63,6 +64,9 @@ def _check_evidence(report: ParityReport) -> None:
     _once("a scenario", (scenario.name for scenario in evidence.scenarios))
     for scenario in evidence.scenarios:
         _check_metrics(f"scenario {scenario.name}", scenario.metrics)
+        _check_settled(scenario)
+    if evidence.texts is not None:
+        _check_texts("the texts", evidence.texts, tokens)
     if evidence.routing is not None:
         _check_routing(evidence.routing, report, tokens)
     _once("a layer", (record.layer for record in evidence.layers))
@@ -79,6 +83,31 @@ def _check_evidence(report: ParityReport) -> None:
     for check in evidence.consistency:
         if check.bitwise and (check.logit_diff_max or check.ulps_max or check.kl_max):
             raise InvalidReport(f"{check.name} at {check.length} differs and is the same in every bit")
+        if list(check.diffs) != sorted(check.diffs, reverse=True) or len(check.diffs) > check.positions:
+            raise InvalidReport(f"{check.name} at {check.length} has differences out of order, or of no position")
+        if check.logit_diff_max is not None and check.logit_diff_max != max(check.diffs, default=0.0):
+            raise InvalidReport(f"{check.name} at {check.length} has another largest difference than its positions")
+
+
+def _check_settled(scenario: ScenarioResult) -> None:
+    where, m, settled = f"scenario {scenario.name}", scenario.metrics, scenario.settled
+    if settled.positions > sum(m.kl_histogram):
+        raise InvalidReport(f"{where}: more positions are settled than there are")
+    for mine, of_all in ((settled.kl_max, m.kl_max), (settled.logit_diff_max, m.logit_diff_max)):
+        if (mine is None) != (settled.positions == 0):
+            raise InvalidReport(f"{where}: a figure of settled positions is missing, or of none")
+        if mine is not None:
+            _rising(where, (mine, math.nan if of_all is None else of_all))
+
+
+def _check_texts(where: str, texts: TextsRecord, tokens: int) -> None:
+    if not max(texts.settled, len(texts.margins)) <= texts.positions <= tokens:
+        raise InvalidReport(f"{where}: more positions are settled or have another best token than there are")
+    if any((figure is None) != (texts.positions == 0) for figure in (texts.kl_mean, texts.kl_max)):
+        raise InvalidReport(f"{where}: a figure is missing, or of no position")
+    _rising(where, [figure for figure in (texts.kl_mean, texts.kl_max) if figure is not None])
+    if list(texts.margins) != sorted(texts.margins, reverse=True) or 0.0 in texts.margins:
+        raise InvalidReport(f"{where}: margins out of order, or none")
 
 
 def _check_metrics(where: str, m: Metrics) -> None:
@@ -91,14 +120,18 @@ def _check_metrics(where: str, m: Metrics) -> None:
         raise InvalidReport(f"{where}: {m.non_finite} logits are not finite, and {m.positions - finite} positions")
     if m.text_positions > finite:
         raise InvalidReport(f"{where}: there are more positions with a text than positions")
-    kl = (m.kl_mean, m.kl_median, m.kl_p99, m.kl_p999, m.kl_max, m.reverse_kl_mean, m.reverse_kl_max)
+    kl = (m.kl_mean, m.kl_median, m.kl_median_low, m.kl_p99, m.kl_p999, m.kl_max, m.reverse_kl_mean, m.reverse_kl_max)
     tokens = (m.top5_overlap, m.top10_overlap, m.rank_mean, m.rank_max)
     logits = (m.logit_diff_mean, m.logit_diff_max, m.cosine_mean, m.cosine_min)
     if any((figure is None) != (finite == 0) for figure in (*kl, *tokens, *logits)):
         raise InvalidReport(f"{where}: a figure is missing, or of no position")
     if m.text_positions == 0 and any(f is not None for f in (m.text_prob_diff_mean, m.perplexity_ratio)):
         raise InvalidReport(f"{where}: a figure is of no text")
-    rising = (m.kl_median, m.kl_p99, m.kl_p999, m.kl_max), (m.kl_mean, m.kl_max), (m.reverse_kl_mean, m.reverse_kl_max)
+    rising = (
+        (m.kl_median_low, m.kl_median, m.kl_p99, m.kl_p999, m.kl_max),
+        (m.kl_mean, m.kl_max),
+        (m.reverse_kl_mean, m.reverse_kl_max),
+    )
     means = (m.logit_diff_mean, m.logit_diff_max), (m.rank_mean, m.rank_max), (m.cosine_min, m.cosine_mean)
     for figures in (*rising, *means):
         _rising(where, [figure for figure in figures if figure is not None])
@@ -185,6 +218,9 @@ def _check_floors(report: ParityReport) -> None:
     for floor in report.floors:
         where = f"the noise floor in {floor.dtype}"
         _check_metrics(where, floor.metrics)
+        _check_texts(where, floor.texts, tokens)
+        if floor.texts.settled or len(floor.texts.margins) > floor.metrics.disagreements:
+            raise InvalidReport(f"{where} counts positions that it does not have")
         if floor.metrics.positions != tokens:
             raise InvalidReport(f"{where} is over other positions than its probes")
         if floor.token_layers != tokens * report.evidence.num_layers or floor.diverged > floor.token_layers:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
+from gptoss_export.validators.binomial import LEVEL
 from gptoss_export.validators.gates import GATE_NAMES, Gates
 from gptoss_export.validators.report.schema import ParityReport
 from gptoss_export.validators.report.table import CELL, Section, Table
 from gptoss_export.validators.report.text import number, of_limit, one_line
 from gptoss_export.validators.verdict import Case, cases
+
+COUNTED = ("min_top1_agreement", "max_diverged")
+"""Gates of counts, whose limit follows from how many positions there are."""
 
 CONDITIONS = ("non_finite", "saturated", "measured")
 """Gates that have no limit to set."""
@@ -48,21 +52,21 @@ def gates_section(report: ParityReport) -> Section:
         )
         for case in worst_cases(report)
     ]
-    spare = ""
-    if report.gates.spare_positions:
-        spare = (
-            f" {report.gates.spare_positions} of a scenario's positions may disagree whatever share that is, and add "
-            f"{number(report.gates.spare_kl)} nats to its sum."
-        )
-    routing = report.evidence.routing
-    if routing is not None and routing.flipped and report.gates.with_flips() != report.gates:
-        spare += " Scenarios have the wider limits of texts in which tokens changed experts."
+    by_chance = "" if set(COUNTED) <= set(report.gates.by_hand) else f" {_by_chance(report)}"
     lead = (
         "Every gate holds at every place; here is the place of each that comes nearest to the limit, or is farthest "
-        f"beyond it.{spare}"
+        f"beyond it.{by_chance}"
     )
     head = ("gate", "kept", "worst measured", "limit", "of the limit", "where", "limit from")
     return Section("gates", "Gates", lead, (Table("", head, rows),))
+
+
+def _by_chance(report: ParityReport) -> str:
+    beside = "" if report.gates.beside is None else ", or are no evidence of a higher rate than the noise floor's"
+    return (
+        f"Counts ({', '.join(COUNTED)}) have as limit what is seen by chance once in {round(1 / (1 - LEVEL)):,} runs"
+        f"{beside}: exact binomial bounds over the positions that were judged."
+    )
 
 
 def origin(report: ParityReport, gate: str) -> str:
@@ -73,6 +77,8 @@ def origin(report: ParityReport, gate: str) -> str:
     if gate in report.overrides:
         how = "loosened" if gate in report.loosened else "the same" if table == used else "tightened"
         return f"--gate, {how} (table {number(table)})"
+    if gate in COUNTED:
+        return "by chance" if report.gates.beside is None else "by chance, or beside the noise floor"
     if table == getattr(report.policy.absolute, gate):
         return "absolute"
     return f"{report.policy.factor:g} x the noise floor"

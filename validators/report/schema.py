@@ -13,7 +13,7 @@ from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.scenarios import Effort
 from gptoss_export.validators.verdict import Verdict
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 
 Execution = Literal["executed", "graph only"]
 Outcome = Literal["pass", "fail", "not executed"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gptoss_export.validators.evidence import ScenarioResult
 from gptoss_export.validators.layers import Finding
 from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.report.gate_table import gates_section
@@ -18,6 +19,7 @@ from gptoss_export.validators.report.schema import ParityReport, WorstText
 from gptoss_export.validators.report.setting import binding_section, probes_section, setting_section
 from gptoss_export.validators.report.table import CELL, Section, Table
 from gptoss_export.validators.report.text import named, number, one_line, percent, plural
+from gptoss_export.validators.verdict import judge_top1, most_beyond
 
 NAMED = 12
 """So many untested experts are named; all of them are counted."""
@@ -29,6 +31,7 @@ def sections(report: ParityReport) -> list[Section]:
         _failures(report),
         _bisection(report),
         _scenarios(report),
+        _texts(report),
         _worst(report),
         _routing(report),
         _layers(report),
@@ -75,22 +78,56 @@ def _scenarios(report: ParityReport) -> Section:
     if not rows:
         return Section("scenarios", "Scenarios", lead, ())
     first, *others = metrics_tables("scenario", rows)
-    counted = [(*row, str(s.calls)) for row, s in zip(first.rows, scenarios, strict=True)]
-    distribution = Table(first.caption, (*first.head, "calls"), counted)
+    counted = [(*row, str(s.calls), *_settled(s)) for row, s in zip(first.rows, scenarios, strict=True)]
+    head = (*first.head, "calls", "settled", "KL max there", "logit diff there")
+    distribution = Table(first.caption, head, counted)
     return Section("scenarios", "Scenarios", lead, (distribution, *others))
+
+
+def _settled(scenario: ScenarioResult) -> tuple[str, ...]:
+    settled = scenario.settled
+    return (str(settled.positions), *map(number, (settled.kl_max, settled.logit_diff_max)))
+
+
+def _texts(report: ParityReport) -> Section | None:
+    texts, top1 = report.evidence.texts, judge_top1(report.evidence, report.gates)
+    if texts is None or top1 is None:
+        return None
+    bound = (
+        f"at most {top1.most} may be, at a level of {100 * top1.level:g} %"
+        if top1.level < 1
+        else f"at most {top1.most} may be, by hand"
+    )
+    lead = (
+        f"{plural(texts.positions, 'position')}, each once, by the worst of all ways in which it was asked for. "
+        f"{texts.settled:,} are settled: no near-tie of a router, there or before, lets rounding send the token to "
+        f"other experts. At {plural(top1.flips, 'position')} the best token is another; {top1.near_ties:,} of them are "
+        f"rounding (the reference prefers its own by no more than {number(top1.noise)}), {top1.diverged:,} are not: "
+        f"{bound}."
+    )
+    row = (
+        *map(str, (texts.positions, texts.settled)),
+        *map(number, (texts.kl_mean, texts.kl_max)),
+        *map(str, (top1.flips, top1.near_ties, top1.diverged, top1.most)),
+        number(texts.margins[0] if texts.margins else None),
+    )
+    counted = ("other top-1", "near-ties", "beyond", "at most", "largest margin")
+    head = ("positions", "settled", "KL mean", "KL max", *counted)
+    return Section("texts", "Distinct positions", lead, (Table("", head, [row]),))
 
 
 def metrics_tables(what: str, rows: Sequence[tuple[str, Metrics]]) -> tuple[Table, ...]:
     """All figures of several metrics, in three tables: a table of 27 columns is none."""
-    kl = ("positions", "KL mean", "KL median", "KL p99", "KL p99.9", "KL max", "reverse KL mean", "reverse KL max")
+    kl = ("positions", "KL mean", "KL median", "at least", "KL p99", "KL p99.9", "KL max")
+    reverse = ("reverse KL mean", "reverse KL max")
     tokens = ("same top-1", "ties", "other top-1", "top-5", "top-10", "rank mean", "rank max", "non-finite")
     logits = ("logit diff mean", "logit diff max", "cosine mean", "cosine min")
     probabilities = ("positions with a text", "Δp mean", "Δp max")
     perplexities = ("perplexity of the reference", "of the artifact", "ratio", "standard error")
 
     def of_kl(m: Metrics) -> tuple[str, ...]:
-        figures = (m.kl_mean, m.kl_median, m.kl_p99, m.kl_p999, m.kl_max, m.reverse_kl_mean, m.reverse_kl_max)
-        return (str(m.positions), *map(number, figures))
+        figures = (m.kl_mean, m.kl_median, m.kl_median_low, m.kl_p99, m.kl_p999, m.kl_max)
+        return (str(m.positions), *map(number, (*figures, m.reverse_kl_mean, m.reverse_kl_max)))
 
     def of_tokens(m: Metrics) -> tuple[str, ...]:
         counts = (m.agreements, m.ties, m.disagreements)
@@ -106,7 +143,7 @@ def metrics_tables(what: str, rows: Sequence[tuple[str, Metrics]]) -> tuple[Tabl
 
     texts = [(name, *of_text(m)) for name, m in rows if m.text_positions]
     tables = (
-        Table("the distribution", (what, *kl), [(name, *of_kl(m)) for name, m in rows]),
+        Table("the distribution", (what, *kl, *reverse), [(name, *of_kl(m)) for name, m in rows]),
         Table("tokens and logits", (what, *tokens, *logits), [(name, *of_tokens(m)) for name, m in rows]),
         Table("the text's own tokens", (what, *probabilities, *perplexities), texts),
     )
@@ -293,8 +330,21 @@ def _consistency(report: ParityReport) -> Section | None:
     lead = (
         "The same tokens by another way: step by step through the cache, in chunks, padded, and the same call twice. "
         f"At most {number(report.gates.max_self_diff)} passes, {number(report.gates.max_repeat_diff)} for repeat."
+        f"{_set_aside(report)}"
     )
     return Section("consistency", "The engine against itself", lead, (Table("", head, rows),))
+
+
+def _set_aside(report: ParityReport) -> str:
+    """How many positions of which checks may be beyond."""
+    found = {}
+    for name in dict.fromkeys(check.name for check in report.evidence.consistency):
+        mine = [check for check in report.evidence.consistency if check.name == name]
+        if most := most_beyond(mine, report.gates):
+            found[name] = f"{most} of the {sum(check.positions for check in mine)} positions of {name}"
+    if not found:
+        return ""
+    return f" Where rounding sends tokens to other experts, {', '.join(found.values())} may be beyond."
 
 
 def _floors(report: ParityReport) -> Section | None:
@@ -307,13 +357,16 @@ def _floors(report: ParityReport) -> Section | None:
             str(f.token_layers),
             str(f.diverged),
             percent(f.diverged / f.token_layers if f.token_layers else None),
+            str(len(f.texts.margins)),
+            *map(number, (f.bulk_kl_mean, f.bulk_logit_diff_max)),
         )
         for f in report.floors
     ]
-    routing = Table("routing", ("floor", "tokens x layers", "divergences", "share"), shares)
+    head = ("floor", "tokens x layers", "divergences", "share", "other top-1", "KL mean", "logit diff max")
+    routing = Table("routing, distinct positions, and figures where no expert was exchanged", head, shares)
     lead = (
         "What rounding costs: transformers itself in 16 bits against transformers in float32, over every position of "
-        f"the probes. {_consequence(report)}"
+        f"the probes, on {one_line(report.floors[0].cpu, 2 * CELL)}. {_consequence(report)}"
     )
     return Section("floors", "Noise floors", lead, (*metrics_tables("floor", rows), routing))
 
@@ -323,4 +376,4 @@ def _consequence(report: ParityReport) -> str:
         return "No gate follows from it."
     if report.floor.metrics.non_finite:
         return f"In {report.floor.dtype} transformers itself leaves the range of numbers: no gate follows from it."
-    return f"A target in {report.floor.dtype} may show {report.policy.factor:g} times as much."
+    return f"A target in {report.floor.dtype} may show {report.policy.factor:g} times as much, and counts as high."

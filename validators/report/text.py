@@ -81,10 +81,9 @@ def verdict_sentence(report: ParityReport) -> str:
 def verdict_finding(report: ParityReport) -> str:
     """The verdict's sentence without the gates that were loosened."""
     scenarios, target = report.evidence.scenarios, one_line(report.target, 160)
-    positions = sum(s.metrics.positions for s in scenarios)
     kl = max((s.metrics.kl_mean for s in scenarios if s.metrics.kl_mean is not None), default=None)
     diff = max((s.metrics.logit_diff_max for s in scenarios if s.metrics.logit_diff_max is not None), default=None)
-    extent = f"over {positions} positions in {len(scenarios)} scenarios"
+    extent = f"over {_extent(report)}"
     worst = f"(worst mean KL {number(kl)}, worst logit difference {number(diff)})"
     if report.outcome == "pass":
         return f"{target} is the model within its gates, {extent} {worst}."
@@ -103,9 +102,16 @@ def verdict_finding(report: ParityReport) -> str:
         else ""
     )
     return (
-        f"{target} is not shown to be the model, over {positions} positions: {plural(len(failures), 'gate')} not kept "
+        f"{target} is not shown to be the model, over {_extent(report)}: {plural(len(failures), 'gate')} not kept "
         f"in {plural(places, 'place')}, first {failure_text(failures[0])}.{graph_only}"
     )
+
+
+def _extent(report: ParityReport) -> str:
+    """`69 distinct positions, 500 in 6 scenarios`."""
+    scenarios, texts = report.evidence.scenarios, report.evidence.texts
+    asked = f"{sum(s.metrics.positions for s in scenarios):,} in {plural(len(scenarios), 'scenario')}"
+    return f"{plural(0 if texts is None else texts.positions, 'distinct position')}, {asked}"
 
 
 def failure_text(failure: Failure) -> str:
