@@ -1,4 +1,4 @@
-"""docs/parity.schema.json, made of the dataclasses, so that it cannot say anything else than they do.
+"""JSON Schemas made of dataclasses, so that they cannot say anything else than these do; first docs/parity.schema.json.
 
 python -m gptoss_export.validators.report.json_schema > docs/parity.schema.json
 """
@@ -9,16 +9,20 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gptoss_export.validators.gates import GATE_NAMES, GatePolicy, override
 from gptoss_export.validators.report.bounds import LARGEST_FLOAT, item_bounds, number_bounds
 from gptoss_export.validators.report.schema import SCHEMA_VERSION, Binding, Outcome, ParityReport, ProbeRecord
+from gptoss_export.validators.verdict import Verdict
 
 Schema = dict[str, Any]
+Special = Mapping[tuple[type, str], Schema]
 
-_SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_SPECIAL: Mapping[tuple[type, str], Schema] = {
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+SPECIAL: Special = {
     (ParityReport, "schema_version"): {"const": SCHEMA_VERSION},
     (ParityReport, "created_at"): {"type": "string", "format": "date-time"},
     (ParityReport, "overrides"): {
@@ -27,9 +31,9 @@ _SPECIAL: Mapping[tuple[type, str], Schema] = {
         "additionalProperties": False,
         "description": " ".join((override.__doc__ or "").split()),
     },
-    (ProbeRecord, "sha256"): _SHA256,
-    (Binding, "checkpoint"): {"type": "object", "additionalProperties": _SHA256},
-    (Binding, "files"): {"type": "object", "additionalProperties": _SHA256},
+    (ProbeRecord, "sha256"): SHA256,
+    (Binding, "checkpoint"): {"type": "object", "additionalProperties": SHA256},
+    (Binding, "files"): {"type": "object", "additionalProperties": SHA256},
     (GatePolicy, "factor"): {"type": "number", "minimum": 1},
 }
 
@@ -37,12 +41,15 @@ _SPECIAL: Mapping[tuple[type, str], Schema] = {
 def parity_schema() -> Schema:
     """The JSON Schema (2020-12) of parity.json: every field required, none beyond."""
     definitions: dict[str, Schema] = {}
-    schema = _object(ParityReport, definitions)
-    schema["properties"]["outcome"] = {"enum": list(get_args(Outcome)), "description": _doc(ParityReport.outcome)}
+    schema = object_schema(ParityReport, definitions)
+    schema["properties"] |= definitions.pop(Verdict.__name__)["properties"]
+    del schema["properties"]["passed"]
+    schema["properties"]["verdict"] = {"enum": list(get_args(Outcome)), "description": _doc(ParityReport.outcome)}
+    schema["properties"] = dict(sorted(schema["properties"].items()))
     schema["required"] = sorted(schema["properties"])
     definitions["Engine"] |= _engine_rule()
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": DIALECT,
         "title": f"parity.json of gptoss-export, version {SCHEMA_VERSION}",
         **schema,
         "$defs": dict(sorted(definitions.items())),
@@ -54,11 +61,16 @@ def parity_schema_text() -> str:
     return json.dumps(parity_schema(), indent=2) + "\n"
 
 
-def _object(kind: type, definitions: dict[str, Schema]) -> Schema:
+def object_schema(kind: type, definitions: dict[str, Schema], special: Special = SPECIAL) -> Schema:
+    """The schema of a dataclass as `asdict` writes it: every field required, none beyond.
+
+    definitions: takes those of the dataclasses in it, by name. special: of fields whose type does not say enough.
+    """
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind)]
     properties = {
-        name: _SPECIAL.get((kind, name)) or _field(kind, name, hints[name], definitions) for name in sorted(names)
+        name: special.get((kind, name)) or _field(kind, name, hints[name], definitions, special)
+        for name in sorted(names)
     }
     return {
         "type": "object",
@@ -69,24 +81,26 @@ def _object(kind: type, definitions: dict[str, Schema]) -> Schema:
     }
 
 
-def _field(kind: type, name: str, hint: Any, definitions: dict[str, Schema]) -> Schema:
+def _field(kind: type, name: str, hint: Any, definitions: dict[str, Schema], special: Special) -> Schema:
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         assert isinstance(hint, type)
         if hint.__name__ not in definitions:
             definitions[hint.__name__] = {}
-            definitions[hint.__name__] = _object(hint, definitions)
+            definitions[hint.__name__] = object_schema(hint, definitions, special)
         return {"$ref": f"#/$defs/{hint.__name__}"}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return {"enum": [member.value for member in hint]}
     if origin is Literal:
         return {"enum": list(args)}
     if origin in (Union, types.UnionType):
-        return {"anyOf": [_field(kind, name, args[0], definitions), {"type": "null"}]}
+        return {"anyOf": [_field(kind, name, args[0], definitions, special), {"type": "null"}]}
     if origin is tuple:
         fewest, most = item_bounds(kind, name)
-        items = _field(kind, name, args[0], definitions)
+        items = _field(kind, name, args[0], definitions, special)
         return {"type": "array", "items": items, "minItems": fewest, "maxItems": most}
     if origin is Mapping:
-        return {"type": "object", "additionalProperties": _field(kind, name, args[1], definitions)}
+        return {"type": "object", "additionalProperties": _field(kind, name, args[1], definitions, special)}
     if hint in (int, float):
         low, high = number_bounds(kind, name, hint)
         limits = {"minimum": low} if low > -LARGEST_FLOAT else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -14,6 +14,7 @@ from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.validators.report.bounds import item_bounds, number_bounds
 from gptoss_export.validators.report.checks import InvalidReport, check_report
 from gptoss_export.validators.report.schema import SCHEMA_VERSION, ParityReport
+from gptoss_export.validators.verdict import Verdict
 
 T = TypeVar("T")
 
@@ -28,13 +29,17 @@ def from_json(data: bytes | str) -> ParityReport:
     try:
         if found.get("schema_version") != SCHEMA_VERSION:
             raise InvalidReport(f"its schema_version is not {SCHEMA_VERSION!r}, the one that this version reads")
-        if "outcome" not in found:
-            raise InvalidReport("outcome is missing")
-        outcome = found.pop("outcome")
+        for name in ("verdict", "failures"):
+            if name not in found:
+                raise InvalidReport(f"{name} is missing")
+        verdict = found["verdict"]
+        failures = _value(Verdict, "failures", _hints(Verdict)["failures"], found.pop("failures"), "failures")
+        found["verdict"] = {"passed": not failures, "failures": []}
         report = _read(ParityReport, found, "")
+        report = replace(report, verdict=replace(report.verdict, failures=failures))
         check_report(report)
-        if outcome != report.outcome:
-            raise InvalidReport("its outcome does not follow from its verdict and from what was executed")
+        if verdict != report.outcome:
+            raise InvalidReport("its verdict does not follow from its failures and from what was executed")
     except ValueError as error:
         reason = ascii(" ".join(str(error).split())[:300])[1:-1]
         raise NotValidatedError(f"{_UNREADABLE}: {reason}", _NEXT_STEP) from error

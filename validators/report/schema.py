@@ -13,7 +13,7 @@ from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.scenarios import Effort
 from gptoss_export.validators.verdict import Verdict
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 
 Execution = Literal["executed", "graph only"]
 Outcome = Literal["pass", "fail", "not executed"]
@@ -106,9 +106,9 @@ class ParityReport:
     """A measurement, its limits and its verdict.
 
     table_gates are policy.resolve(the floor in policy.floor_dtype), gates those with overrides, and verdict follows
-    from evidence and gates: whether what was run keeps its gates. What that means for the artifact is `outcome`.
-    floors: each type at most once. bisection: None where none was asked for. command: the command line. created_at
-    (ISO 8601, UTC) is the one field that hashes leave out.
+    from evidence and gates: whether what was run keeps its gates. parity.json has its failures, and beside them as
+    `verdict` the word for what they mean for the artifact. floors: each type at most once. bisection: None where none
+    was asked for. command: the command line. created_at (ISO 8601, UTC) is the one field that hashes leave out.
     """
 
     schema_version: str
