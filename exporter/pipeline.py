@@ -10,10 +10,8 @@ exit code.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,9 +40,11 @@ from gptoss_export.exporter.output.staging import in_use, journaled, journaled_i
 from gptoss_export.exporter.planning.plan import Plan, make_plan
 from gptoss_export.exporter.planning.request import Effort, ExportRequest, MeasureOptions, Parity
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.exporter.shared_stages import placed_checkpoint, weights_and_graph
+from gptoss_export.exporter.stopwatch import RunSeconds, Stopwatch, rounded
 from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.trust.origin_of import origin_of
-from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors, place_weights
+from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,14 +70,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One artifact and what is known about it; report is None when parity was off. seconds: since the
-    start.
+    """One artifact and what is known about it; report is None when parity was off.
+
+    seconds: that this target alone took, to be built and measured; where an earlier run, which was cut off, did so, as
+    it noted them. run: of the run that all its results have in common.
     """
 
     folder: Path
     manifest: Manifest
     report: ParityReport | None
     seconds: float
+    run: RunSeconds
 
     @property
     def summary(self) -> str:
@@ -91,9 +94,6 @@ class ExportResult:
             engine = f"engine NOT EXECUTED ({self.report.engine.not_executed_reason})"
             return f"{self.manifest.target}: graph passes ({self.report.effort}{loosened}), {engine}, {self.folder}"
         return f"{self.manifest.target}: FAIL, {first_failure(self.report)}{loosened} ({self.folder})"
-
-
-_SIDE_FILES = "side files"
 
 
 def _built(target: str) -> str:
@@ -112,40 +112,43 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Exp
     """
     progress = progress or SilentProgress()
     now()  # a SOURCE_DATE_EPOCH that is no time is refused before any work
-    started = time.monotonic()
+    watch = Stopwatch()
     plan = make_plan(request)
     progress.note(f"checkpoint: {plan.steps[0].removeprefix('read ')}")
     for problem in plan.preflight.problems:
         progress.note(f"preflight, ignored: {problem.what}")
     stage = journaled_in_place if request.weights is WeightsMode.IN_PLACE else journaled
-    drafts: dict[str, tuple[Manifest, ParityReport | None]] = {}
+    drafts: dict[str, tuple[Manifest, ParityReport | None, float]] = {}
     with stage(
         request.output, export_key(plan), force=request.force, protect=plan.protected, progress=progress
     ) as journal:
         folders = {name: journal.root / folder.relative_to(request.output) for name, folder in plan.folders.items()}
-        graph, records = _weights_and_graph(plan, folders, journal, progress)
-        placed = _placed_checkpoint(plan, next(iter(folders.values())))
+        builds = any(journal.result(_built(name)) is None for name in folders)
+        graph, records = weights_and_graph(plan, folders, builds, journal, watch, progress)
+        placed = placed_checkpoint(plan, next(iter(folders.values())))
         infos = {name: _build(name, graph, placed, folder, plan, journal, progress) for name, folder in folders.items()}
         del graph
         yardstick = None
         unmeasured = [name for name in folders if journal.result(_measured(name)) is None]
         if request.parity != "off" and unmeasured:
             hashes = {name: record.sha256 for name, record in records.items()}
-            yardstick = make_yardstick(placed, hashes, request.parity, list(folders), request.measure, progress)
+            with watch.stage("reference"):
+                yardstick = make_yardstick(placed, hashes, request.parity, list(folders), request.measure, progress)
         for name, folder in folders.items():
             if name not in unmeasured:
-                drafts[name] = _finished(folder)
+                drafts[name] = (*_finished(folder), _took(name, journal))
                 continue
+            started = time.monotonic()
             draft = _draft(name, infos[name], plan, folder, records, journal)
             report = measure(folder, draft, placed, yardstick, request.measure, request.threads, progress)
             if report is not None:
                 draft = record(report, draft, folder)
             draft = attest(draft, report, folder)
             write_manifest(draft, folder)
-            journal.finish(_measured(name), journal.hash_new(folder))
-            drafts[name] = (draft, report)
-    seconds = time.monotonic() - started
-    return [ExportResult(plan.folders[name], *draft, seconds) for name, draft in drafts.items()]
+            journal.finish(_measured(name), journal.hash_new(folder), {"seconds": time.monotonic() - started})
+            drafts[name] = (draft, report, _took(name, journal))
+    run = watch.read()
+    return [ExportResult(plan.folders[name], *draft, run) for name, draft in drafts.items()]
 
 
 def validate_artifact(
@@ -164,11 +167,12 @@ def validate_artifact(
 
     progress, options = progress or SilentProgress(), options or MeasureOptions()
     now()
-    started = time.monotonic()
+    watch = Stopwatch()
     with in_use(folder):
         manifest = read_manifest(folder)
         find_target(manifest).check_available()
-        verify_files(folder, manifest, progress, skip=RECORD_NAMES)
+        with watch.stage("hashes"):
+            verify_files(folder, manifest, progress, skip=RECORD_NAMES)
         checkpoint = open_checkpoint(folder / manifest.weights_dir)
         if checkpoint.config != manifest.model:
             raise IntegrityError(
@@ -177,12 +181,14 @@ def validate_artifact(
             )
         check_scales(checkpoint)
         hashes = {name: record.sha256 for name, record in manifest.checkpoint.items()}
-        yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
+        with watch.stage("reference"):
+            yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
+        started = time.monotonic()
         report = measure(folder, manifest, checkpoint, yardstick, options, threads, progress)
         assert report is not None
         manifest = attest(record(report, manifest, folder), report, folder)
         write_manifest(manifest, folder)
-        return ExportResult(folder, manifest, report, time.monotonic() - started)
+        return ExportResult(folder, manifest, report, rounded(time.monotonic() - started), watch.read())
 
 
 def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, Runner]:
@@ -228,67 +234,6 @@ def find_target(manifest: Manifest) -> Target:
     return TARGETS[manifest.target]
 
 
-def _weights_and_graph(
-    plan: Plan, folders: Mapping[str, Path], journal: Journal, progress: Progress
-) -> tuple[ir.Model | None, dict[str, FileRecord]]:
-    """Places the weights in a thread, which the disk slows down, while this one makes the graph that builds need."""
-    from gptoss_export.exporter.checkpoint.open import check_scales
-    from gptoss_export.exporter.graph.build import build_graph
-
-    checkpoint, cancel, graph = plan.checkpoint, threading.Event(), None
-    destinations = [folder / plan.weights_dir for folder in folders.values()]
-    below = [folder.relative_to(journal.root) for folder in destinations]
-
-    def finish(name: str, record: FileRecord) -> None:
-        journal.finish(f"weights {name}", {(folder / name).as_posix(): record for folder in below})
-
-    known = journal.files
-    records = {name: known[file] for name in plan.checkpoint_files if (file := (below[0] / name).as_posix()) in known}
-    missing = {name: path for name, path in plan.checkpoint_files.items() if name not in records}
-    with ThreadPoolExecutor(1, "weights") as pool:
-        weights = pool.submit(place_weights, missing, destinations, plan.request.weights, progress, cancel, finish)
-        try:
-            if any(journal.result(_built(name)) is None for name in folders):
-                with progress.task("check scales"):
-                    check_scales(checkpoint)
-                _fail_early(weights)
-                with progress.task("graph"):
-                    graph = build_graph(checkpoint.config, checkpoint.layout)
-            records |= weights.result()
-        except BaseException:
-            cancel.set()
-            raise
-    if plan.weights_dir != "." and journal.result(_SIDE_FILES) is None:
-        side = place_weights(
-            {path.name: path for path in checkpoint.side_files}, list(folders.values()), WeightsMode.COPY
-        )
-        roots = [folder.relative_to(journal.root) for folder in folders.values()]
-        journal.finish(_SIDE_FILES, {(root / name).as_posix(): side[name] for root in roots for name in side})
-    return graph, {name: records[name] for name in plan.checkpoint_files}
-
-
-def _fail_early(future: Future[dict[str, FileRecord]]) -> None:
-    if future.done():
-        future.result()
-
-
-def _placed_checkpoint(plan: Plan, folder: Path) -> Checkpoint:
-    """The checkpoint as it lies in the artifact: what is built, compared and shipped are the same bytes."""
-    from gptoss_export.exporter.checkpoint.open import open_checkpoint
-
-    placed = open_checkpoint(folder / plan.weights_dir)
-    source = plan.checkpoint
-    if (placed.config, placed.layout) != (
-        source.config,
-        source.layout,
-    ) or placed.tensors.keys() != source.tensors.keys():
-        raise IntegrityError(
-            f"{source.root} changed while it was exported",
-            "wait until the download or copy has ended, then run again",
-        )
-    return placed
-
-
 def _build(
     name: str,
     graph: ir.Model | None,
@@ -306,14 +251,22 @@ def _build(
         assert isinstance(notes, list | tuple)
         return BuildInfo(str(known["engine"]), str(known["provider"]), tuple(map(str, notes)))
     assert graph is not None
+    started = time.monotonic()
     with progress.task(f"build {name}"), disk_errors(f"the model of {name}"):
         weights_dir = "" if plan.weights_dir == "." else plan.weights_dir
         settings = BuildSettings(plan.request.engine, progress)
         info = TARGETS[name].build(graph, checkpoint, folder, weights_dir, settings)
         if plan.request.bundle_kernels:
             info = replace(info, notes=(*info.notes, TARGETS[name].bundle_kernels(folder)))
-        journal.finish(_built(name), journal.hash_new(folder), asdict(info))
+        files = journal.hash_new(folder)
+        journal.finish(_built(name), files, asdict(info) | {"seconds": time.monotonic() - started})
         return info
+
+
+def _took(name: str, journal: Journal) -> float:
+    """Seconds that a target's own stages took, in whichever run."""
+    noted = [(journal.result(stage) or {}).get("seconds") for stage in (_built(name), _measured(name))]
+    return rounded(sum(seconds for seconds in noted if isinstance(seconds, int | float)))
 
 
 def _finished(folder: Path) -> tuple[Manifest, ParityReport | None]:

@@ -17,7 +17,7 @@ import pytest
 
 from gptoss_export.engines import targets
 from gptoss_export.engines.build_info import BuildInfo, Execution
-from gptoss_export.exporter import cli, pipeline
+from gptoss_export.exporter import cli, shared_stages
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
@@ -391,7 +391,7 @@ def test_a_failure_anywhere_leaves_nothing(
         "open": (targets.TARGETS["ort-cpu"], "open_runner"),
         "reference": (reference_cache, "reference_for"),
         "parity": (parity, "validate"),
-        "weights": (pipeline, "place_weights"),
+        "weights": (shared_stages, "place_weights"),
     }
     module, name = where[stage]
     monkeypatch.setattr(module, name, fail)
@@ -406,7 +406,7 @@ def test_a_failed_copy_spares_the_graph(
     def full(*_: object) -> None:
         raise DiskSpaceError("full", "stop")
 
-    monkeypatch.setattr(pipeline, "place_weights", full)
+    monkeypatch.setattr(shared_stages, "place_weights", full)
     monkeypatch.setattr(open_module, "check_scales", lambda _: time.sleep(0.2))
     with pytest.raises(DiskSpaceError):
         export(request(tiny_dir, tmp_path / "release"))
@@ -424,7 +424,7 @@ def test_a_failed_graph_cancels_the_copy(
     def fail(_: object) -> None:
         raise InvalidScaleError("a scale of 255", "stop")
 
-    monkeypatch.setattr(pipeline, "place_weights", slow)
+    monkeypatch.setattr(shared_stages, "place_weights", slow)
     monkeypatch.setattr(open_module, "check_scales", fail)
     with pytest.raises(InvalidScaleError):
         export(request(tiny_dir, tmp_path / "release"))

@@ -21,8 +21,8 @@ Schema = dict[str, Any]
 Special = Mapping[tuple[type, str], Schema]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-SPECIAL: Special = {
+_SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_SPECIAL: Special = {
     (ParityReport, "schema_version"): {"const": SCHEMA_VERSION},
     (ParityReport, "created_at"): {"type": "string", "format": "date-time"},
     (ParityReport, "overrides"): {
@@ -31,9 +31,9 @@ SPECIAL: Special = {
         "additionalProperties": False,
         "description": " ".join((override.__doc__ or "").split()),
     },
-    (ProbeRecord, "sha256"): SHA256,
-    (Binding, "checkpoint"): {"type": "object", "additionalProperties": SHA256},
-    (Binding, "files"): {"type": "object", "additionalProperties": SHA256},
+    (ProbeRecord, "sha256"): _SHA256,
+    (Binding, "checkpoint"): {"type": "object", "additionalProperties": _SHA256},
+    (Binding, "files"): {"type": "object", "additionalProperties": _SHA256},
     (GatePolicy, "factor"): {"type": "number", "minimum": 1},
 }
 
@@ -61,22 +61,21 @@ def parity_schema_text() -> str:
     return json.dumps(parity_schema(), indent=2) + "\n"
 
 
-def object_schema(kind: type, definitions: dict[str, Schema], special: Special = SPECIAL) -> Schema:
+def object_schema(kind: type, definitions: dict[str, Schema], special: Special = _SPECIAL) -> Schema:
     """The schema of a dataclass as `asdict` writes it: every field required, none beyond.
 
     definitions: takes those of the dataclasses in it, by name. special: of fields whose type does not say enough.
     """
-    hints = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]
+    hints, known = get_type_hints(kind), {**_SPECIAL, **special}
+    names = sorted(field.name for field in fields(kind))
     properties = {
-        name: special.get((kind, name)) or _field(kind, name, hints[name], definitions, special)
-        for name in sorted(names)
+        name: known.get((kind, name)) or _field(kind, name, hints[name], definitions, special) for name in names
     }
     return {
         "type": "object",
         "description": _doc(kind),
         "properties": properties,
-        "required": sorted(names),
+        "required": names,
         "additionalProperties": False,
     }
 

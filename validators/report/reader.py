@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _UNREADABLE = "the parity report cannot be read"
 _NEXT_STEP = "Run `gptoss-export validate` on the artifact."
+_UNREAD = {"passed": True, "failures": []}
 
 
 def from_json(data: bytes | str) -> ParityReport:
@@ -32,11 +33,9 @@ def from_json(data: bytes | str) -> ParityReport:
         for name in ("verdict", "failures"):
             if name not in found:
                 raise InvalidReport(f"{name} is missing")
-        verdict = found["verdict"]
-        failures = _value(Verdict, "failures", _hints(Verdict)["failures"], found.pop("failures"), "failures")
-        found["verdict"] = {"passed": not failures, "failures": []}
-        report = _read(ParityReport, found, "")
-        report = replace(report, verdict=replace(report.verdict, failures=failures))
+        verdict, failures = found["verdict"], found.pop("failures")
+        judged = _read(Verdict, {"passed": failures == [], "failures": failures}, "")
+        report = replace(_read(ParityReport, found | {"verdict": _UNREAD}, ""), verdict=judged)
         check_report(report)
         if verdict != report.outcome:
             raise InvalidReport("its verdict does not follow from its failures and from what was executed")
