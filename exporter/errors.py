@@ -54,6 +54,7 @@ Exit code 0 is success, 1 a bug of ours, 2 a wrong command line, 130 Ctrl-C, 143
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -61,6 +62,13 @@ class GptossExportError(Exception):
     """An error with one line that says what happened and one that says what to do about it."""
 
     exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "bug"
+    """The name of the error for machines: that of its class without `Error`, as `checkpoint-not-found`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "exit_code" in vars(cls):
+            cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Error")).lower()
 
     def __init__(self, what: str, next_step: str) -> None:
         super().__init__(what)

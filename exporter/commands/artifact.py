@@ -13,7 +13,6 @@ from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
     json_option,
-    print_json,
     prompts_option,
     threads_option,
 )
@@ -24,9 +23,11 @@ ARTIFACT = click.argument("folder", metavar="OUT", type=click.Path(path_type=Pat
 @click.command("targets")
 @json_option
 @common_options
-def targets(as_json: bool) -> None:
+@click.pass_obj
+def targets(settings: Settings) -> None:
     """List what this version can export for, and whether this host can."""
     from gptoss_export.engines.targets import TARGETS
+    from gptoss_export.exporter.commands.documents import Targets, TargetState, document
     from gptoss_export.exporter.errors import TargetUnavailableError
 
     rows = []
@@ -36,20 +37,21 @@ def targets(as_json: bool) -> None:
             target.check_available()
         except TargetUnavailableError as error:
             missing = f"{error.what}; {error.next_step}"
-        rows.append({"name": target.name, "engine": target.engine, "summary": target.summary, "missing": missing})
-    if as_json:
-        print_json({"targets": rows})
+        rows.append(TargetState(target.name, target.engine, target.summary, missing))
+    if settings.as_json:
+        settings.document = document(Targets(tuple(rows)))
         return
     for row in rows:
-        state = "" if row["missing"] is None else f" [not here: {row['missing']}]"
-        click.echo(f"{row['name']:<14} {row['summary']}{state}")
+        state = "" if row.missing is None else f" [not here: {row.missing}]"
+        click.echo(f"{row.name:<14} {row.summary}{state}")
 
 
 @click.command("inspect")
 @ARTIFACT
 @json_option
 @common_options
-def inspect(folder: Path, as_json: bool) -> None:
+@click.pass_obj
+def inspect(settings: Settings, folder: Path) -> None:
     """Show what the artifact in OUT is, from its manifest alone."""
     from gptoss_export.exporter.artifact import manifest_as_json, read_manifest
     from gptoss_export.exporter.commands.show import echo_manifest
@@ -57,8 +59,8 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     recover(folder)
     manifest = read_manifest(folder)
-    if as_json:
-        print_json(manifest_as_json(manifest))
+    if settings.as_json:
+        settings.document = manifest_as_json(manifest)
     else:
         echo_manifest(manifest)
 
@@ -85,7 +87,6 @@ def validate(
     gates: Mapping[str, float],
     allow_unexecuted: bool,
     threads: int | None,
-    as_json: bool,
 ) -> None:
     """Check every hash of the artifact in OUT and measure its parity anew.
 
@@ -98,7 +99,8 @@ def validate(
       gptoss-export validate ./release --bisect
       gptoss-export validate ./release --prompts ours.jsonl --gate max-kl-mean=1e-9
     """
-    from gptoss_export.exporter.commands.show import echo_result, result_as_json
+    from gptoss_export.exporter.commands import documents
+    from gptoss_export.exporter.commands.show import echo_result
     from gptoss_export.exporter.pipeline import MeasureOptions, require_pass, validate_artifact
 
     options = MeasureOptions(prompts=prompts, overrides=gates, bisection=bisection)
@@ -107,8 +109,8 @@ def validate(
         result = validate_artifact(
             folder, "full" if parity == "full" else "quick", options=options, threads=threads, progress=progress
         )
-    if as_json:
-        print_json({"results": [result_as_json(result)]})
+    if settings.as_json:
+        settings.document = documents.delivered([result])
     else:
         echo_result(result)
     require_pass([result], allow_unexecuted=allow_unexecuted)

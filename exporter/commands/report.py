@@ -10,7 +10,7 @@ import click
 
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option
 from gptoss_export.exporter.commands.gates import gate_option
-from gptoss_export.exporter.commands.settings import common_options, json_option, print_json
+from gptoss_export.exporter.commands.settings import Settings, common_options, json_option
 
 if TYPE_CHECKING:
     from gptoss_export.validators.diff import Change, Comparison
@@ -28,7 +28,10 @@ _PLACE = click.Path(path_type=Path)
 @allow_unexecuted_option
 @json_option
 @common_options
-def report(place: Path, gates: Mapping[str, float], output: Path | None, allow_unexecuted: bool, as_json: bool) -> None:
+@click.pass_obj
+def report(
+    settings: Settings, place: Path, gates: Mapping[str, float], output: Path | None, allow_unexecuted: bool
+) -> None:
     """Take the verdict on the artifact in OUT, or on a parity.json, again from what was measured.
 
     Runs nothing and never changes the artifact. Exits 50 when a gate is not kept, 52 when only the graph was run.
@@ -44,8 +47,10 @@ def report(place: Path, gates: Mapping[str, float], output: Path | None, allow_u
     found = judged_again(open_report(place), gates)
     if output is not None:
         _write(found, output)
-    if as_json:
-        print_json(_report_as_json(found))
+    if settings.as_json:
+        from gptoss_export.exporter.commands.documents import judged
+
+        settings.document = judged(found)
     else:
         _echo_report(found)
     _require_pass(found, place, allow_unexecuted)
@@ -65,7 +70,8 @@ def report(place: Path, gates: Mapping[str, float], output: Path | None, allow_u
 @click.option("--allow-other-target", is_flag=True, help="Compare artifacts of two targets.")
 @json_option
 @common_options
-def diff(old: Path, new: Path, tolerance: float, allow_other_target: bool, as_json: bool) -> None:
+@click.pass_obj
+def diff(settings: Settings, old: Path, new: Path, tolerance: float, allow_other_target: bool) -> None:
     """Compare two artifacts, or two parity.json, of the same checkpoint and probes.
 
     Prints every figure of both. Exits 53 when one is worse by more than --tolerance and beyond noise, when a gate is
@@ -80,8 +86,10 @@ def diff(old: Path, new: Path, tolerance: float, allow_other_target: bool, as_js
     from gptoss_export.validators.diff import compare
 
     found = compare(open_report(old), open_report(new), tolerance=tolerance, allow_other_target=allow_other_target)
-    if as_json:
-        print_json(_comparison_as_json(found))
+    if settings.as_json:
+        from gptoss_export.exporter.commands.documents import Compared, document
+
+        settings.document = document(Compared(found.regressed, found.changes, found.regressions, found.improvements))
     else:
         _echo_comparison(found)
     if found.regressed:
@@ -145,22 +153,6 @@ def _require_pass(found: ParityReport, place: Path, allow_unexecuted: bool) -> N
         )
 
 
-def _report_as_json(found: ParityReport) -> dict[str, object]:
-    from dataclasses import asdict
-
-    from gptoss_export.validators.report import content_sha256
-    from gptoss_export.validators.report.gate_table import origin, worst_cases
-
-    return {
-        "target": found.target,
-        "outcome": found.outcome,
-        "failures": [asdict(failure) for failure in found.verdict.failures],
-        "loosened": list(found.loosened),
-        "gates": [asdict(case) | {"limit_from": origin(found, case.gate)} for case in worst_cases(found)],
-        "report_sha256": content_sha256(found),
-    }
-
-
 def _echo_report(found: ParityReport) -> None:
     from gptoss_export.validators.report.gate_table import gates_section
     from gptoss_export.validators.report.text import verdict_sentence, verdict_word
@@ -173,12 +165,6 @@ def _echo_report(found: ParityReport) -> None:
     table = gates_section(found).tables[0]
     click.echo()
     echo_table([table.head, *table.rows])
-
-
-def _comparison_as_json(found: Comparison) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(found) | {"regressed": found.regressed}
 
 
 def _echo_comparison(found: Comparison) -> None:

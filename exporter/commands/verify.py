@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from gptoss_export.exporter.commands.artifact import ARTIFACT
-from gptoss_export.exporter.commands.settings import Settings, common_options, json_option, print_json
+from gptoss_export.exporter.commands.settings import Settings, common_options, json_option
 
 if TYPE_CHECKING:
+    from gptoss_export.exporter.artifact import Manifest
     from gptoss_export.exporter.trust.signing import Signer, Trust
-    from gptoss_export.exporter.trust.verify import Verification
+    from gptoss_export.exporter.trust.verify import Check
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -42,7 +43,6 @@ def verify(
     chain: tuple[Path, ...],
     identity: str | None,
     issuer: str | None,
-    as_json: bool,
 ) -> None:
     """Check that the artifact in OUT is complete, unchanged, and what its own papers say.
 
@@ -65,9 +65,9 @@ def verify(
     with settings.working() as progress:
         result = verify_artifact(folder, progress)
         signed = _unchecked(folder) if trust is None else check_signature(folder, result.manifest, trust)
-    checks = [*result.checks, Check("signature", signed)]
-    if as_json:
-        print_json(_as_json(result, [(check.name, check.found) for check in checks], trust is not None))
+    checks = (*result.checks, Check("signature", signed))
+    if settings.as_json:
+        settings.document = _as_json(result.manifest, checks, trust is not None)
         return
     for check in checks:
         click.echo(f"{check.name:<11} {check.found}")
@@ -86,6 +86,7 @@ def verify(
     help="Certificates between --certificate and the root (PEM); may be repeated.",
 )
 @click.option("--keyless", is_flag=True, help="Sign as the CI job or whoever logs in, by Sigstore; needs the network.")
+@json_option
 @common_options
 @click.pass_obj
 def sign(
@@ -111,8 +112,14 @@ def sign(
     with settings.working() as progress:
         result = verify_artifact(folder, progress)
         path = sign_artifact(folder, signer)
-    verdict = result.manifest.parity.verdict
-    click.echo(f"{path}: signs {len(result.manifest.files) + 1} files; verdict: {verdict}")
+    manifest, files = result.manifest, len(result.manifest.files) + 1
+    verdict = manifest.parity.verdict
+    if settings.as_json:
+        from gptoss_export.exporter.commands.documents import Signed, document
+
+        settings.document = document(Signed(path, manifest.target, verdict, manifest.content_sha256, files))
+        return
+    click.echo(f"{path}: signs {files} files; verdict: {verdict}")
 
 
 def _trust(public_key: Path | None, chain: tuple[Path, ...], identity: str | None, issuer: str | None) -> Trust | None:
@@ -154,15 +161,9 @@ def _unchecked(folder: Path) -> str:
     return "none; anybody who can write the folder could have made this artifact"
 
 
-def _as_json(result: Verification, checks: list[tuple[str, str]], signature_checked: bool) -> dict[str, object]:
-    manifest = result.manifest
-    return {
-        "target": manifest.target,
-        "verdict": manifest.parity.verdict,
-        "effort": manifest.parity.effort,
-        "loosened": list(manifest.parity.loosened),
-        "content_sha256": manifest.content_sha256,
-        "files": len(manifest.files),
-        "signature_checked": signature_checked,
-        "checks": [{"name": name, "found": found} for name, found in checks],
-    }
+def _as_json(manifest: Manifest, checks: tuple[Check, ...], signature_checked: bool) -> dict[str, object]:
+    from gptoss_export.exporter.commands.documents import Verified, document
+
+    parity, files = manifest.parity, len(manifest.files)
+    said = (manifest.target, parity.verdict, parity.effort, parity.loosened, manifest.content_sha256)
+    return document(Verified(*said, files, signature_checked, checks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -17,7 +16,7 @@ import pytest
 
 from gptoss_export.engines import targets
 from gptoss_export.engines.build_info import BuildInfo, Execution
-from gptoss_export.exporter import cli, shared_stages
+from gptoss_export.exporter import cli, pipeline, shared_stages, stopwatch
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
@@ -191,12 +190,14 @@ def test_the_plan_names_sizes_and_files_and_writes_nothing(tiny_dir: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_prints_the_plan(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_plan(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_document: Any
+) -> None:
     args = ["--target", "ort-cpu", "--model", str(tiny_dir), "--output", str(tmp_path / "release"), "--dry-run"]
     assert cli.main(args) == 0
     assert "weights/model-00000-of-00002.safetensors  4.0 MB" in capsys.readouterr().out
     assert cli.main([*args, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = read_document("plan", capsys.readouterr().out)
     assert shown["artifacts"] == {"ort-cpu": str(tmp_path / "release")}
     assert shown["checkpoint_files"]["config.json"] == (tiny_dir / "config.json").stat().st_size
     assert list(tmp_path.iterdir()) == []
@@ -309,6 +310,35 @@ def test_a_failed_verdict_is_delivered_and_refused(tiny_dir: Path, tmp_path: Pat
     assert read_manifest(tmp_path / "release").parity.verdict == "fail"
     with pytest.raises(ParityFailedError, match="max_kl_mean in decode"):
         require_pass(results)
+
+
+def test_seconds_are_those_of_the_target_even_where_another_run_took_them(
+    tiny_dir: Path, tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took = {"graph": 1, "reference": 2, "build onnx": 10, "build ort-cpu": 20, "open onnx": 300, "open ort-cpu": 400}
+    clock = SimpleNamespace(monotonic=lambda: float(sum(took.get(entry, 0) for entry in log)))
+    for module in (pipeline, stopwatch):
+        monkeypatch.setattr(module, "time", clock)
+    measure, asked = parity.validate, request(tiny_dir, tmp_path / "release", "ort-cpu", "onnx")
+
+    def cut_off(*given: Any, **options: Any) -> object:
+        if "open onnx" in log:
+            raise KeyboardInterrupt
+        return measure(*given, **options)
+
+    monkeypatch.setattr(parity, "validate", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        export(asked)
+    monkeypatch.setattr(parity, "validate", measure)
+    monkeypatch.setattr(report_module, "read_report", lambda _: SimpleNamespace(verdict=SimpleNamespace(passed=True)))
+    log.clear()
+    ort_cpu, onnx = export(asked)
+    assert log == ["reference", "open onnx", "validate onnx quick"]
+    assert (ort_cpu.seconds, onnx.seconds) == (20 + 400, 10 + 300)
+    assert ort_cpu.run == onnx.run
+    assert (onnx.run.total, onnx.run.reference, onnx.run.graph) == (302, 2, None)
+    (alone,) = export(request(tiny_dir, tmp_path / "alone"))
+    assert (alone.seconds, alone.run.graph, alone.run.reference, alone.run.total) == (420, 1, 2, 423)
 
 
 def test_parity_off_still_loads_the_artifact(tiny_dir: Path, tmp_path: Path, log: list[str]) -> None:

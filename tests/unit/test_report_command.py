@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,10 @@ def test_the_verdict_by_other_gates(stored: Any, capsys: pytest.CaptureFixture[s
     assert "max_kl_mean in prefill (1.3e-13, limit 1e-14)" in capsys.readouterr().err
 
 
-def test_as_json(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_json(stored: Any, capsys: pytest.CaptureFixture[str], read_document: Any) -> None:
     assert cli.main(["report", str(stored("failing")), "--json"]) == 50
-    found = json.loads(capsys.readouterr().out)
-    assert found["outcome"] == "fail"
+    found = read_document("report", capsys.readouterr().out)
+    assert (found["verdict"], found["error"]["kind"]) == ("fail", "parity-failed")
     assert [failure["where"] for failure in found["failures"]] == [
         "decode",
         "layer 1 attention",
@@ -158,10 +157,10 @@ def test_diff_fails_on_a_regression_and_says_which(stored: Any, capsys: pytest.C
     assert cli.main(["diff", old, new, "--tolerance", "1e6"]) == 53  # gates that are not kept are no matter of degree
 
 
-def test_diff_as_json(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_as_json(stored: Any, capsys: pytest.CaptureFixture[str], read_document: Any) -> None:
     assert cli.main(["diff", str(stored("passing")), str(stored("failing")), "--json"]) == 53
-    found = json.loads(capsys.readouterr().out)
-    assert found["regressed"] is True
+    found = read_document("diff", capsys.readouterr().out)
+    assert (found["regressed"], found["error"]["kind"]) == (True, "regression")
     assert {c["name"] for c in found["changes"] if c["kind"] == "regression"} == {
         "logit_diff_max",
         "attention",

@@ -257,18 +257,23 @@ def test_an_artifact_around_its_checkpoint_shares_the_folder(delivered: Any) -> 
     assert "was not looked at" in verify_artifact(delivered.folder).checks[1].found
 
 
-def test_the_command_prints_a_table_and_json(delivered: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_json(
+    delivered: Any, capsys: pytest.CaptureFixture[str], read_document: Any
+) -> None:
     assert cli.main(["verify", str(delivered.folder)]) == 0
     out = capsys.readouterr().out
     assert "sha256 of 14 files" in out
     assert out.splitlines()[-1].startswith("signature   none")
     assert cli.main(["verify", str(delivered.folder), "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = read_document("verify", capsys.readouterr().out)
     assert (shown["verdict"], shown["signature_checked"]) == ("pass", False)
     assert shown["content_sha256"] == delivered.manifest.content_sha256
     flip(delivered.folder / "weights/config.json", 5)
-    assert cli.main(["verify", str(delivered.folder)]) == IntegrityError.exit_code
-    assert "config.json" in capsys.readouterr().err
+    assert cli.main(["verify", str(delivered.folder), "--json"]) == IntegrityError.exit_code
+    captured = capsys.readouterr()
+    error = read_document("verify", captured.out)["error"]
+    assert error["kind"] == "integrity"
+    assert "config.json" in error["what"] and error["what"] in captured.err
     assert cli.main(["verify", str(delivered.folder), "--require-signature"]) == 2
 
 

@@ -10,6 +10,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gptoss_export.validators.gates import GATE_NAMES, GatePolicy, override
@@ -105,7 +106,7 @@ def _field(kind: type, name: str, hint: Any, definitions: dict[str, Schema], spe
         limits = {"minimum": low} if low > -LARGEST_FLOAT else {}
         limits |= {"maximum": high} if high < LARGEST_FLOAT else {}
         return {"type": "integer" if hint is int else "number", **limits}
-    return {"type": {str: "string", bool: "boolean"}[hint]}
+    return {"type": {str: "string", Path: "string", bool: "boolean"}[hint]}
 
 
 def _engine_rule() -> Schema:

@@ -1,0 +1,349 @@
+"""What --json prints: one dataclass for each document, and how it is filled.
+
+    settings.document = documents.delivered(results)
+
+Field names are the keys, docstrings the descriptions in docs/schemas/, which `schemas` makes of them. `bench` has its
+own document, docs/bench.schema.json, and `inspect` prints manifest.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gptoss_export.exporter.artifact import ParityRecord, Verdict
+from gptoss_export.exporter.checkpoint.config import ModelConfig
+from gptoss_export.exporter.checkpoint.tensors import Layout
+from gptoss_export.exporter.commands.settings import SCHEMA_VERSION
+from gptoss_export.exporter.origin import Origin
+from gptoss_export.exporter.planning.estimate import MACHINE
+from gptoss_export.exporter.planning.request import Effort, Parity
+from gptoss_export.exporter.stopwatch import RunSeconds
+from gptoss_export.exporter.trust.verify import Check
+from gptoss_export.exporter.weights import FileRecord, WeightsMode
+from gptoss_export.validators.diff import Change
+from gptoss_export.validators.layers import Bisection
+from gptoss_export.validators.metrics import Metrics
+from gptoss_export.validators.report import Outcome, ParityReport, content_sha256
+from gptoss_export.validators.report.gate_table import origin, worst_cases
+from gptoss_export.validators.verdict import Case, Failure
+
+if TYPE_CHECKING:
+    from gptoss_export.exporter.pipeline import ExportResult
+    from gptoss_export.exporter.planning.plan import Plan
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One artifact and its verdict.
+
+    failures: the gates that were not kept. effort, report_sha256: null where nothing was validated. seconds: that this
+    target alone took, to be built and measured; where an earlier run, which was cut off, did so, as it noted them.
+    bisection: null where none was asked for.
+    """
+
+    target: str
+    folder: Path
+    verdict: Verdict
+    effort: Effort | None
+    loosened: tuple[str, ...]
+    failures: tuple[Failure, ...]
+    report_sha256: str | None
+    content_sha256: str
+    engine: str
+    provider: str
+    notes: tuple[str, ...]
+    artifact_bytes: int
+    seconds: float
+    bisection: Bisection | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The artifacts in the order in which their targets were named."""
+
+    results: tuple[Result, ...]
+    run_seconds: RunSeconds
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the weights come into the artifact, and into which folder of it."""
+
+    mode: WeightsMode
+    dir: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A limit of memory, and what is left below it."""
+
+    limit: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is needed, and what is there."""
+
+    needed_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Disk(Need):
+    """One file system, and what will be written to it."""
+
+    folder: Path
+    purposes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Device(Need):
+    """The memory of the GPU, and what the most demanding target takes of it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage. mapped_bytes: pages of files, which can be dropped, beside memory_bytes."""
+
+    stage: str
+    memory_bytes: int
+    mapped_bytes: int
+    seconds: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class PreflightEstimate:
+    """What the export takes, and what is there. problems: what does not fit. seconds_assume: on which machine."""
+
+    disks: tuple[Disk, ...]
+    stages: tuple[StageEstimate, ...]
+    memory: tuple[Left, ...]
+    device: Device | None
+    seconds: float
+    seconds_assume: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What an export would do. checkpoint_files: bytes by name. artifacts: folders by target. disk: of --output."""
+
+    model: Path
+    layout: Layout
+    checkpoint_bytes: int
+    checkpoint_files: Mapping[str, int]
+    artifacts: Mapping[str, Path]
+    weights: Placement
+    parity: Parity
+    disk: Need
+    preflight: PreflightEstimate
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """missing: what this host lacks for the target, null where it can build it."""
+
+    name: str
+    engine: str
+    summary: str
+    missing: str | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All targets of this version."""
+
+    targets: tuple[TargetState, ...]
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """manifest.json: what the artifact is, made from what, by which versions, and the verdict."""
+
+    schema_version: int
+    versions: Mapping[str, str]
+    target: str
+    engine: str
+    provider: str
+    notes: tuple[str, ...]
+    layout: Layout
+    model: ModelConfig
+    checkpoint: Mapping[str, FileRecord]
+    weights: Placement
+    files: Mapping[str, FileRecord]
+    parity: ParityRecord
+    created_at: str
+    origin: Origin
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An artifact that is what its manifest says. files: how many. checks: in the order in which they were made."""
+
+    target: str
+    verdict: Verdict
+    effort: str | None
+    loosened: tuple[str, ...]
+    content_sha256: str
+    files: int
+    signature_checked: bool
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A signature that was written. files: how many it signs, the manifest among them."""
+
+    signature: Path
+    target: str
+    verdict: Verdict
+    content_sha256: str
+    files: int
+
+
+@dataclass(frozen=True)
+class JudgedGate(Case):
+    """A gate at the place that comes nearest to its limit, or is farthest beyond it. limit_from: whence it comes."""
+
+    limit_from: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict on a stored measurement."""
+
+    target: str
+    verdict: Outcome
+    effort: Effort
+    loosened: tuple[str, ...]
+    failures: tuple[Failure, ...]
+    gates: tuple[JudgedGate, ...]
+    report_sha256: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Release against release. changes: of every figure. regressions, improvements: what is no figure, in words."""
+
+    regressed: bool
+    changes: tuple[Change, ...]
+    regressions: tuple[str, ...]
+    improvements: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImportedScenario:
+    """The logits of one runner of Polygraphy's, against the reference's."""
+
+    name: str
+    top1_agreement: float | None
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Polygraphy's results, held to the gates of the artifact; verdict: whether they keep them."""
+
+    verdict: Literal["pass", "fail"]
+    scenarios: tuple[ImportedScenario, ...]
+    gates: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Files for Polygraphy. probes: how many. next: the command that reads them."""
+
+    folder: Path
+    probes: int
+    next: str
+
+
+@dataclass(frozen=True)
+class Synthesized:
+    """A random checkpoint that was written."""
+
+    folder: Path
+    layout: Layout
+    checkpoint_bytes: int
+
+
+def document(content: object) -> Document:
+    """A dataclass of this module as it is printed."""
+    return {"schema_version": SCHEMA_VERSION, **asdict(content)}  # type: ignore[call-overload]
+
+
+def delivered(results: Sequence[ExportResult]) -> Document:
+    """Of an export or a validation: one run, with at least one result."""
+    return document(Results(tuple(map(_result, results)), results[0].run))
+
+
+def _result(result: ExportResult) -> Result:
+    manifest, report = result.manifest, result.report
+    return Result(
+        target=manifest.target,
+        folder=result.folder,
+        verdict=manifest.parity.verdict,
+        effort=None if report is None else report.effort,
+        loosened=manifest.parity.loosened,
+        failures=() if report is None else report.verdict.failures,
+        report_sha256=manifest.parity.report_sha256,
+        content_sha256=manifest.content_sha256,
+        engine=manifest.engine,
+        provider=manifest.provider,
+        notes=manifest.notes,
+        artifact_bytes=sum(record.nbytes for record in manifest.files.values()),
+        seconds=result.seconds,
+        bisection=None if report is None else report.bisection,
+    )
+
+
+def planned(plan: Plan) -> Document:
+    """Of --dry-run."""
+    found, gpu = plan.preflight, plan.preflight.device
+    preflight = PreflightEstimate(
+        disks=tuple(Disk(d.needed, d.free, d.folder, d.purposes) for d in found.disks),
+        stages=tuple(StageEstimate(s.stage, s.memory, s.mapped, round(s.seconds, 1), s.basis) for s in found.stages),
+        memory=tuple(Left(room.name, room.nbytes) for room in found.rooms),
+        device=None if gpu is None else Device(gpu.needed, gpu.free, gpu.name),
+        seconds=round(found.seconds, 1),
+        seconds_assume=MACHINE,
+        problems=tuple(problem.what for problem in found.problems),
+    )
+    return document(
+        Planned(
+            model=plan.checkpoint.root,
+            layout=plan.checkpoint.layout,
+            checkpoint_bytes=plan.checkpoint_bytes,
+            checkpoint_files={name: path.stat().st_size for name, path in plan.checkpoint_files.items()},
+            artifacts=plan.folders,
+            weights=Placement(plan.request.weights, plan.weights_dir),
+            parity=plan.request.parity,
+            disk=Need(plan.copied_bytes, found.disks[0].free),
+            preflight=preflight,
+            steps=plan.steps,
+        )
+    )
+
+
+def judged(report: ParityReport) -> Document:
+    """Of `report`."""
+    gates = tuple(JudgedGate(**asdict(case), limit_from=origin(report, case.gate)) for case in worst_cases(report))
+    said = (report.target, report.outcome, report.effort, report.loosened)
+    return document(Judged(*said, report.verdict.failures, gates, content_sha256(report)))
+
+
+def imported(found: Mapping[str, Metrics], gates: Sequence[Case]) -> Document:
+    """Of `polygraphy import`; found: by what it is called in the gates."""
+    scenarios = tuple(ImportedScenario(name, m.top1_agreement, m) for name, m in found.items())
+    return document(Imported("pass" if all(case.kept for case in gates) else "fail", scenarios, tuple(gates)))
