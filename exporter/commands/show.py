@@ -10,6 +10,8 @@ import click
 from gptoss_export.exporter.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gptoss_export.exporter.artifact import Manifest
     from gptoss_export.exporter.pipeline import ExportResult
     from gptoss_export.exporter.planning.plan import Plan
@@ -50,9 +52,10 @@ def result_as_json(result: ExportResult) -> dict[str, object]:
     return {
         "target": result.manifest.target,
         "folder": str(result.folder),
-        "verdict": result.manifest.parity.verdict,
-        "effort": result.manifest.parity.effort,
-        "report_sha256": result.manifest.parity.report_sha256,
+        "verdict": result.parity.verdict,
+        "effort": result.parity.effort,
+        "report_sha256": result.parity.report_sha256,
+        "report_folder": None if result.report is None else str(result.report_folder or result.folder),
         "content_sha256": result.manifest.content_sha256,
         "engine": result.manifest.engine,
         "provider": result.manifest.provider,
@@ -68,6 +71,16 @@ def echo_result(result: ExportResult) -> None:
     click.echo(f"{result.summary}, {format_bytes(artifact_bytes(result.manifest))}, {format_seconds(result.seconds)}")
     if (bisection := _bisection(result)) is not None:
         click.echo(bisection.sentence)
+    if result.report_folder is not None:
+        click.echo(f"report in {result.report_folder}; the artifact was not changed")
+
+
+def warn_unless_clean(folder: Path, manifest: Manifest) -> None:
+    """One line on stderr about an artifact whose verdict is no clean pass; nothing about another."""
+    from gptoss_export.exporter.trust.policy import in_words
+
+    if words := in_words(manifest.parity):
+        click.echo(f"warning: {folder}: {words}", err=True)
 
 
 def _bisection(result: ExportResult) -> Bisection | None:
