@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from gptoss_export.exporter.artifact import REPORT_NAMES, SIGNATURE_NAME, read_manifest
-from gptoss_export.exporter.output.journal import LOCK_NAME
+from gptoss_export.exporter.errors import OutOfMemoryError
+from gptoss_export.exporter.output.journal import LOCK_NAME, REPLACED_NAME, is_ours
 from gptoss_export.exporter.output.lock import lock_file
-from gptoss_export.exporter.output.staging import home_of
+from gptoss_export.exporter.output.staging import home_of, journaled
 from gptoss_export.validators.report import content_sha256, read_report
 
 COMMAND = (sys.executable, "-m", "gptoss_export.exporter")
@@ -110,17 +111,20 @@ def test_a_read_only_artifact_is_not_hashed_to_be_signed(release: Path, tmp_path
 
 
 @pytest.mark.usefixtures("can_mount")
-def test_what_an_export_left_beside_a_read_only_artifact_is_left(release: Path, tmp_path: Path) -> None:
+def test_what_an_export_left_beside_a_read_only_artifact_is_left(release: Path) -> None:
     """A kill after the exchange left the older artifact in the hidden folder; there is nothing to put back."""
     home = home_of(release)
-    (home / "replaced").mkdir(parents=True)
+    with pytest.raises(OutOfMemoryError), journaled(release, "key", force=True) as journal:
+        journal.finish("a stage", {})
+        raise OutOfMemoryError("cut off", "again")
+    (home / REPLACED_NAME).mkdir()
     try:
+        assert is_ours(home)
         done = run("inspect", release, read_only=release.parent)
         assert done.returncode == 0, done.stderr
-        assert (home / "replaced").is_dir()
+        assert (home / REPLACED_NAME).is_dir()
     finally:
-        (home / "replaced").rmdir()
-        home.rmdir()
+        shutil.rmtree(home)
 
 
 @contextmanager
