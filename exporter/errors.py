@@ -36,12 +36,14 @@
     |   +-- TokenizerError            46  no tokenizer where text was given or asked for
     |   +-- AccessError               47  a file or folder that this user may not read or write
     |   +-- LockedError               48  another run writes or validates this artifact
+    |   +-- SignedError               49  the artifact is signed, and a change would end its signature
     +-- ParityError
     |   +-- ParityFailedError         50  the artifact is not the model, by the gates of its target
     |   +-- NotValidatedError         51  a verdict was asked for, and none was ever made
     |   +-- NotExecutedError          52  the engine was built and never run: only its graph was compared
     |   +-- RegressionError           53  an artifact is worse than the one before it
     |   +-- NotComparableError        54  two reports that are not about the same measurement
+    |   +-- LoosenedGatesError        57  the verdict was taken by gates looser than the target's own
     +-- ProvenanceError                   who vouches for an artifact, and when
     |   +-- SignatureError            55  an artifact that is not signed, or not by whom it should be
     |   +-- TimeStampError            56  SOURCE_DATE_EPOCH is no time
@@ -216,6 +218,10 @@ class LockedError(ArtifactError):
     exit_code = 48
 
 
+class SignedError(ArtifactError):
+    exit_code = 49
+
+
 class ParityError(GptossExportError):
     """The artifact is not shown to be the model."""
 
@@ -238,6 +244,10 @@ class RegressionError(ParityError):
 
 class NotComparableError(ParityError):
     exit_code = 54
+
+
+class LoosenedGatesError(ParityError):
+    exit_code = 57
 
 
 class ProvenanceError(GptossExportError):

@@ -125,12 +125,18 @@ def measure(
 
 def record(report: ParityReport, manifest: Manifest, folder: Path) -> Manifest:
     """Writes the report into the folder and its verdict into the manifest."""
-    from gptoss_export.validators.report import content_sha256, write_report
+    from gptoss_export.validators.report import write_report
 
     with disk_errors("the parity report"):
         paths = write_report(report, folder)
-    record = ParityRecord(report.outcome, report.effort, content_sha256(report), report.loosened)
-    return manifest.with_parity(record, hash_files({path.name: path for path in paths}))
+    return manifest.with_parity(parity_record(report), hash_files({path.name: path for path in paths}))
+
+
+def parity_record(report: ParityReport) -> ParityRecord:
+    """What a manifest says of a report."""
+    from gptoss_export.validators.report import content_sha256
+
+    return ParityRecord(report.outcome, report.effort, content_sha256(report), report.loosened)
 
 
 def first_failure(report: ParityReport) -> str:

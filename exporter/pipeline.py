@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.artifact import (
     RECORD_NAMES,
-    REPORT_NAMES,
     Manifest,
     ParityRecord,
     read_manifest,
@@ -26,16 +25,11 @@ from gptoss_export.exporter.artifact import (
     write_manifest,
 )
 from gptoss_export.exporter.clock import now
-from gptoss_export.exporter.errors import (
-    IntegrityError,
-    ManifestError,
-    NotExecutedError,
-    NotValidatedError,
-    ParityFailedError,
-)
-from gptoss_export.exporter.measure import first_failure, make_yardstick, measure, record
+from gptoss_export.exporter.errors import IntegrityError, ManifestError
+from gptoss_export.exporter.measure import first_failure, make_yardstick, measure, parity_record, record
 from gptoss_export.exporter.output.identity import export_key, library_versions
 from gptoss_export.exporter.output.journal import Journal
+from gptoss_export.exporter.output.report_place import check_place, remove_signature, write_elsewhere
 from gptoss_export.exporter.output.staging import in_use, journaled, journaled_in_place
 from gptoss_export.exporter.planning.plan import Plan, make_plan
 from gptoss_export.exporter.planning.request import Effort, ExportRequest, MeasureOptions, Parity
@@ -44,6 +38,8 @@ from gptoss_export.exporter.shared_stages import placed_checkpoint, weights_and_
 from gptoss_export.exporter.stopwatch import RunSeconds, Stopwatch, rounded
 from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.trust.origin_of import origin_of
+from gptoss_export.exporter.trust.policy import Doubt
+from gptoss_export.exporter.trust.policy import require_pass as require_one
 from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors
 
 if TYPE_CHECKING:
@@ -73,7 +69,8 @@ class ExportResult:
     """One artifact and what is known about it; report is None when parity was off.
 
     seconds: that this target alone took, to be built and measured; where an earlier run, which was cut off, did so, as
-    it noted them. run: of the run that all its results have in common.
+    it noted them. run: of the run that all its results have in common. report_folder: where the report is, None for the
+    artifact itself, whose manifest then has its verdict.
     """
 
     folder: Path
@@ -81,6 +78,14 @@ class ExportResult:
     report: ParityReport | None
     seconds: float
     run: RunSeconds
+    report_folder: Path | None = None
+
+    @property
+    def parity(self) -> ParityRecord:
+        """The verdict that was taken, wherever its report is."""
+        if self.report is None or self.report_folder is None:
+            return self.manifest.parity
+        return parity_record(self.report)
 
     @property
     def summary(self) -> str:
@@ -156,12 +161,19 @@ def validate_artifact(
     effort: Effort,
     *,
     options: MeasureOptions | None = None,
+    output: Path | None = None,
+    drop_signature: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Checks the hashes of a delivered artifact, measures its parity anew and records both.
 
-    The records of before are not checked, only replaced, so a validation that was cut off can be repeated.
+    The records of before are not checked, only replaced, so a validation that was cut off can be repeated. output: a
+    folder that gets the report instead; then nothing in the artifact changes, which may be read-only. drop_signature:
+    whether a signature may be removed, since it is of the verdict of before.
+
+    Raises, before any work, SignedError or AccessError for an artifact that must not or cannot be changed, and
+    OutputExistsError or AccessError for an output that cannot be written.
     """
     from gptoss_export.exporter.checkpoint.open import check_scales, open_checkpoint
 
@@ -170,9 +182,10 @@ def validate_artifact(
     watch = Stopwatch()
     with in_use(folder):
         manifest = read_manifest(folder)
+        check_place(folder, output, drop_signature=drop_signature)
         find_target(manifest).check_available()
         with watch.stage("hashes"):
-            verify_files(folder, manifest, progress, skip=RECORD_NAMES)
+            verify_files(folder, manifest, progress, skip=RECORD_NAMES if output is None else ())
         checkpoint = open_checkpoint(folder / manifest.weights_dir)
         if checkpoint.config != manifest.model:
             raise IntegrityError(
@@ -186,9 +199,15 @@ def validate_artifact(
         started = time.monotonic()
         report = measure(folder, manifest, checkpoint, yardstick, options, threads, progress)
         assert report is not None
-        manifest = attest(record(report, manifest, folder), report, folder)
-        write_manifest(manifest, folder)
-        return ExportResult(folder, manifest, report, rounded(time.monotonic() - started), watch.read())
+        if output is None:
+            check_place(folder, None, drop_signature=drop_signature)  # other tools sign without asking for the lock
+            if drop_signature:
+                remove_signature(folder)
+            manifest = attest(record(report, manifest, folder), report, folder)
+            write_manifest(manifest, folder)
+        else:
+            write_elsewhere(report, output, folder)
+        return ExportResult(folder, manifest, report, rounded(time.monotonic() - started), watch.read(), output)
 
 
 def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, Runner]:
@@ -200,26 +219,12 @@ def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, R
 
 
 def require_pass(results: Sequence[ExportResult], *, allow_unexecuted: bool = False) -> None:
-    """Raises ParityFailedError naming the first gate that was not kept, NotValidatedError when none was
-    asked, NotExecutedError for an engine that was never run, unless that is allowed.
-    """
-    for result in results:
-        if result.manifest.parity.verdict == "not validated":
-            raise NotValidatedError(
-                f"{result.folder} was never validated", f"run `gptoss-export validate {result.folder}`"
-            )
-        if result.report is not None and not result.report.verdict.passed:
-            raise ParityFailedError(
-                f"{result.manifest.target} is not the model: {first_failure(result.report)}",
-                f"do not ship it; read {result.folder / REPORT_NAMES[1]} and attach it to a bug report",
-            )
-    for result in results:
-        if result.manifest.parity.verdict == "not executed" and not allow_unexecuted:
-            raise NotExecutedError(
-                f"{result.manifest.target} was built and not executed here; its graph keeps the gates",
-                f"run `gptoss-export validate {result.folder}` on a host with an NVIDIA GPU, or accept it as it is "
-                "with --allow-unexecuted",
-            )
+    """Raises what the policy raises. Loosened gates are accepted: it was the command at hand that loosened them."""
+    later: tuple[Doubt, ...] = ("not executed", "loosened")
+    for accepted in (later, later if allow_unexecuted else ("loosened",)):
+        for result in results:
+            judged = result.folder, result.manifest.target, result.parity, result.report
+            require_one(*judged, accepted=accepted, offered=later[:1], report_folder=result.report_folder)
 
 
 def find_target(manifest: Manifest) -> Target:

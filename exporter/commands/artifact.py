@@ -71,6 +71,13 @@ def inspect(settings: Settings, folder: Path) -> None:
     "--parity", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How many positions."
 )
 @click.option("--bisect", "bisection", is_flag=True, help="Name the operation in layers that are beyond their gate.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write the report into, instead of the artifact, which then stays as it is.",
+)
+@click.option("--drop-signature", is_flag=True, help="Remove model.sig: a new verdict ends what it signs.")
 @prompts_option
 @gate_option
 @allow_unexecuted_option
@@ -83,6 +90,8 @@ def validate(
     folder: Path,
     parity: str,
     bisection: bool,
+    output: Path | None,
+    drop_signature: bool,
     prompts: Path | None,
     gates: Mapping[str, float],
     allow_unexecuted: bool,
@@ -90,24 +99,33 @@ def validate(
 ) -> None:
     """Check every hash of the artifact in OUT and measure its parity anew.
 
-    Rewrites its parity report and the verdict in its manifest. Exits 50 when the artifact is not the model, 52 when
-    its engine could not be run here.
+    Rewrites its parity report and the verdict in its manifest, which a signature does not survive: a signed artifact
+    is refused, exit code 49, without --output or --drop-signature. Exits 50 when the artifact is not the model, 52
+    when its engine could not be run here.
 
     \b
     Examples:
       gptoss-export validate ./release --parity full
       gptoss-export validate ./release --bisect
+      gptoss-export validate ./release --output ./report
       gptoss-export validate ./release --prompts ours.jsonl --gate max-kl-mean=1e-9
     """
     from gptoss_export.exporter.commands import documents
     from gptoss_export.exporter.commands.show import echo_result
     from gptoss_export.exporter.pipeline import MeasureOptions, require_pass, validate_artifact
 
+    if output is not None and drop_signature:
+        raise click.UsageError("--output changes nothing in the artifact, and --drop-signature would")
     options = MeasureOptions(prompts=prompts, overrides=gates, bisection=bisection)
-
     with settings.working() as progress:
         result = validate_artifact(
-            folder, "full" if parity == "full" else "quick", options=options, threads=threads, progress=progress
+            folder,
+            "full" if parity == "full" else "quick",
+            options=options,
+            output=output,
+            drop_signature=drop_signature,
+            threads=threads,
+            progress=progress,
         )
     if settings.as_json:
         settings.document = documents.delivered([result])

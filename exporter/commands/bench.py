@@ -121,6 +121,7 @@ def bench(
     from gptoss_export.engines.machine import HostMeter, describe_machine
     from gptoss_export.exporter.artifact import read_manifest
     from gptoss_export.exporter.clock import now
+    from gptoss_export.exporter.commands.show import warn_unless_clean
     from gptoss_export.exporter.pipeline import find_target
 
     manifest = read_manifest(folder)
@@ -128,6 +129,7 @@ def bench(
     plan.check(manifest.model.max_positions)
     target = find_target(manifest)
     target.check_available()
+    warn_unless_clean(folder, manifest)
     meter = HostMeter(threads)
     with settings.working() as progress:
         result = run_bench(lambda: target.open_runner(folder, threads), plan, meter, progress.note)

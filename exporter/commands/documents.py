@@ -41,9 +41,8 @@ Document = dict[str, Any]
 class Result:
     """One artifact and its verdict.
 
-    failures: the gates that were not kept. effort, report_sha256: null where nothing was validated. seconds: that this
-    target alone took, to be built and measured; where an earlier run, which was cut off, did so, as it noted them.
-    bisection: null where none was asked for.
+    failures: gates that were not kept. effort, report_sha256, report_folder: null where nothing was validated. seconds:
+    that this target alone took, to be built and measured, in whichever run. bisection: null where none was asked for.
     """
 
     target: str
@@ -53,6 +52,7 @@ class Result:
     loosened: tuple[str, ...]
     failures: tuple[Failure, ...]
     report_sha256: str | None
+    report_folder: Path | None
     content_sha256: str
     engine: str
     provider: str
@@ -208,6 +208,7 @@ class Signed:
     signature: Path
     target: str
     verdict: Verdict
+    loosened: tuple[str, ...]
     content_sha256: str
     files: int
 
@@ -293,11 +294,12 @@ def _result(result: ExportResult) -> Result:
     return Result(
         target=manifest.target,
         folder=result.folder,
-        verdict=manifest.parity.verdict,
+        verdict=result.parity.verdict,
         effort=None if report is None else report.effort,
-        loosened=manifest.parity.loosened,
+        loosened=result.parity.loosened,
         failures=() if report is None else report.verdict.failures,
-        report_sha256=manifest.parity.report_sha256,
+        report_sha256=result.parity.report_sha256,
+        report_folder=None if report is None else result.report_folder or result.folder,
         content_sha256=manifest.content_sha256,
         engine=manifest.engine,
         provider=manifest.provider,

@@ -42,11 +42,12 @@ def report(
       gptoss-export report ./release --gate max-kl-mean=1e-9
       gptoss-export report ./release/parity.json --gate max-kl-mean=1e-3 --output ./views
     """
+    from gptoss_export.exporter.output.report_place import write_elsewhere
     from gptoss_export.validators.report.again import judged_again
 
     found = judged_again(open_report(place), gates)
     if output is not None:
-        _write(found, output)
+        write_elsewhere(found, output, place if place.is_dir() else place.parent)
     if settings.as_json:
         from gptoss_export.exporter.commands.documents import judged
 
@@ -122,18 +123,6 @@ def open_report(place: Path) -> ParityReport:
             f"run `gptoss-export validate {place}`",
         )
     return found
-
-
-def _write(found: ParityReport, output: Path) -> None:
-    from gptoss_export.exporter.artifact import MANIFEST_NAME
-    from gptoss_export.exporter.errors import OutputExistsError
-    from gptoss_export.validators.report import NAMES, write_report
-
-    there = next((name for name in (MANIFEST_NAME, *NAMES) if (output / name).exists()), None)
-    if there is not None:
-        raise OutputExistsError(f"{output / there} exists", "choose another --output, or remove what is there")
-    output.mkdir(parents=True, exist_ok=True)
-    write_report(found, output)
 
 
 def _require_pass(found: ParityReport, place: Path, allow_unexecuted: bool) -> None:

@@ -9,6 +9,8 @@ import click
 from gptoss_export.exporter.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gptoss_export.exporter.artifact import Manifest
     from gptoss_export.exporter.pipeline import ExportResult
     from gptoss_export.exporter.planning.plan import Plan
@@ -32,6 +34,16 @@ def echo_result(result: ExportResult) -> None:
     click.echo(f"{result.summary}, {format_bytes(artifact_bytes(result.manifest))}, {format_seconds(result.seconds)}")
     if result.report is not None and result.report.bisection is not None:
         click.echo(result.report.bisection.sentence)
+    if result.report_folder is not None:
+        click.echo(f"report in {result.report_folder}; the artifact was not changed")
+
+
+def warn_unless_clean(folder: Path, manifest: Manifest) -> None:
+    """One line on stderr about an artifact whose verdict is no clean pass; nothing about another."""
+    from gptoss_export.exporter.trust.policy import in_words
+
+    if words := in_words(manifest.parity):
+        click.echo(f"warning: {folder}: {words}", err=True)
 
 
 def echo_manifest(manifest: Manifest) -> None:

@@ -371,6 +371,12 @@ def delivered(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Delivered:
 
 
 @pytest.fixture
+def delivered_with(tmp_path: Path, tiny: Checkpoint) -> Callable[[str, ParityReport | None], Delivered]:
+    """Artifacts by their name and report, None for one that nothing was compared with."""
+    return lambda name, report: deliver(tmp_path / name, tiny, report, {})
+
+
+@pytest.fixture
 def unvalidated(tmp_path: Path, tiny: Checkpoint) -> Delivered:
     """An artifact that nothing was compared with."""
     return deliver(tmp_path / "unvalidated", tiny, None, {})

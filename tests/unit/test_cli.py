@@ -162,16 +162,17 @@ def test_yaml_off_is_the_word_and_not_false(
 def test_a_subcommand_has_its_own_section(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def validate(folder: Path, effort: str, *, options: MeasureOptions, threads: int | None, progress: object) -> None:
-        raise ConfigError(f"{folder} {effort} {threads} {options}", "stop")
+    def validate(folder: Path, effort: str, *, options: MeasureOptions, **more: object) -> None:
+        raise ConfigError(f"{folder} {effort} {more['threads']} {more['output']} {options}", "stop")
 
     monkeypatch.setattr(pipeline, "validate_artifact", validate)
     (tmp_path / "c.yaml").write_text(
-        "model: m\nvalidate: {parity: full, threads: 2, prompts: p.txt, bisect: true, gate: [max-kl-mean=1e-9]}\n"
+        "model: m\noutput: o\n"
+        "validate: {parity: full, threads: 2, prompts: p.txt, bisect: true, gate: [max-kl-mean=1e-9]}\n"
     )
     assert cli.main(["--config", "c.yaml", "validate", "out"]) == ConfigError.exit_code
     options = MeasureOptions(Path("p.txt"), {"max_kl_mean": 1e-9}, bisection=True)
-    assert f"error: out full 2 {options}" in capsys.readouterr().err
+    assert f"error: out full 2 None {options}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
