@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 
 from gptoss_export.engines.memory import out_of_memory, ran_out
-from gptoss_export.exporter.commands import artifact, bench, generate, polygraphy, report, synth, verify
+from gptoss_export.exporter.commands import artifact, bench, diff, generate, polygraphy, report, synth, verify
 from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
 from gptoss_export.exporter.commands.gates import gate_option
@@ -204,7 +204,7 @@ for _command in (
     verify.verify,
     verify.sign,
     report.report,
-    report.diff,
+    diff.diff,
     polygraphy.polygraphy,
     generate.generate,
     bench.bench,
