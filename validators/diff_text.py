@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from gptoss_export.validators.diff import Change, Comparison
+from gptoss_export.validators.diff import Change, ChangeKind, Comparison
 from gptoss_export.validators.report.text import failure_text, number, of_limit, one_line, plural
 from gptoss_export.validators.verdict import Failure
 
@@ -22,6 +22,13 @@ PLACES = 6
 MOST_TIMES = 1000.0
 _HEAD = ("figure", "worst place", "before", "now", "limit used", "change")
 _NARROW = 12
+_WORDS: Mapping[ChangeKind, str] = {
+    "regression": "worse",
+    "lost": "lost",
+    "improvement": "better",
+    "new": "new",
+    "same": "same",
+}
 
 
 def lines(found: Comparison, *, everything: bool) -> list[str]:
@@ -39,7 +46,7 @@ def lines(found: Comparison, *, everything: bool) -> list[str]:
         told.append("")
     told.append(_count(found, everything))
     if everything:
-        rows = [(change.kind, *_row(change, "")) for change in found.changes]
+        rows = [(_WORDS[change.kind], *_row(change, "")) for change in found.changes]
         told += ["", *_table([("", "figure", "place", *_HEAD[2:]), *rows], 2)]
     return told
 
@@ -52,10 +59,9 @@ def verdict_line(found: Comparison) -> str:
         after = f"{one_line(found.new_target, 16)} {after}"
     start = f"{found.verdict.upper()}: {before} -> {after}"
     reason, where = _decider(found)
-    if not where:
-        return one_line(f"{start}; {reason}" if reason else start, COLUMNS)
-    start = f"{start}; {reason}, "
-    return start + _middle(one_line(where, COLUMNS), max(COLUMNS - len(start), _NARROW))
+    line = one_line(f"{start}; {reason}" if reason else start, COLUMNS)
+    left = COLUMNS - len(line) - len(", ")
+    return f"{line}, {_middle(one_line(where, COLUMNS), left)}" if where and left >= _NARROW else line
 
 
 def _decider(found: Comparison) -> tuple[str, str]:
@@ -190,10 +196,9 @@ def _how(change: Change) -> str:
 
 
 def _count(found: Comparison, everything: bool) -> str:
-    kinds = (("regression", "worse"), ("lost", "lost"), ("improvement", "better"), ("new", "new"))
-    parts = [f"{len(found.of_kind(kind))} {word}" for kind, word in kinds if found.of_kind(kind)]  # type: ignore[arg-type]
-    same = len(found.of_kind("same"))
-    parts.append(f"{same} the same within noise{'' if everything else ' (--all shows them)'}")
+    parts = [f"{len(found.of_kind(kind))} {word}" for kind, word in _WORDS.items() if found.of_kind(kind)]
+    if found.of_kind("same"):
+        parts[-1] += f" within noise{'' if everything else ' (--all shows them)'}"
     return f"{plural(len(found.changes), 'figure')} compared: {', '.join(parts)}"
 
 
@@ -204,7 +209,9 @@ def _table(rows: Sequence[Sequence[str]], place: int, columns: int = COLUMNS) ->
     widths[place] = min(widths[place], max(columns - others, _NARROW))
     cut: Callable[[int, str], str] = lambda k, cell: _middle(cell, widths[k]) if k == place else cell  # noqa: E731
     return [
-        "  ".join(cut(k, cell).ljust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(cut(k, cell).ljust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True)))[
+            :columns
+        ].rstrip()
         for row in rows
     ]
 

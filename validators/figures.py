@@ -267,7 +267,9 @@ def _metrics(where: str, m: Metrics, distinct: int) -> Iterator[_Found]:
         yield _Found(where, "text_prob_diff_mean", m.text_prob_diff_mean)
         yield _Found(where, "text_prob_diff_max", m.text_prob_diff_max)
         ratio, error = m.perplexity_ratio, m.perplexity_ratio_se
-        yield _Found(where, "perplexity_ratio", ratio, error=error / ratio if ratio and error is not None else None)
+        # Of the logarithm; a ratio of 0 is infinitely far from 1, whatever its error.
+        relative = error / ratio if ratio and error is not None else error
+        yield _Found(where, "perplexity_ratio", ratio, error=relative)
 
 
 def _routing(routing: RoutingRecord, distinct: int) -> Iterator[_Found]:
