@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.core import ParameterSource
 
-from gptoss_export.exporter.commands import artifact, bench, generate, polygraphy, report, synth, verify
+from gptoss_export.exporter.commands import artifact, bench, diff, generate, polygraphy, report, synth, verify
 from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
 from gptoss_export.exporter.commands.failure import BUG, Error, error_of, wants_json
@@ -151,6 +151,7 @@ def cli(
         click.echo(ctx.get_help(), err=True)
         ctx.exit(2)
     from gptoss_export.exporter.commands import documents
+    from gptoss_export.exporter.commands.plan_document import planned
     from gptoss_export.exporter.commands.show import echo_plan, echo_result
     from gptoss_export.exporter.pipeline import ExportRequest, MeasureOptions, export, make_plan, require_pass
     from gptoss_export.exporter.weights import WeightsMode
@@ -178,7 +179,7 @@ def cli(
         with settings.working():
             plan = make_plan(replace(request, ignore_preflight=True))
         if settings.as_json:
-            settings.document = documents.planned(plan)
+            settings.document = planned(plan)
         else:
             echo_plan(plan)
         if not ignore_preflight:
@@ -205,7 +206,7 @@ for _command in (
     verify.verify,
     verify.sign,
     report.report,
-    report.diff,
+    diff.diff,
     polygraphy.polygraphy,
     generate.generate,
     bench.bench,

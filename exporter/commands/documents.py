@@ -9,7 +9,7 @@ own document, docs/bench.schema.json, and `inspect` prints manifest.json.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,21 +18,20 @@ from gptoss_export.exporter.checkpoint.config import ModelConfig
 from gptoss_export.exporter.checkpoint.tensors import Layout
 from gptoss_export.exporter.commands.settings import SCHEMA_VERSION
 from gptoss_export.exporter.origin import Origin
-from gptoss_export.exporter.planning.estimate import MACHINE
-from gptoss_export.exporter.planning.request import Effort, Parity
+from gptoss_export.exporter.planning.request import Effort
 from gptoss_export.exporter.stopwatch import RunSeconds
 from gptoss_export.exporter.trust.verify import Check
 from gptoss_export.exporter.weights import FileRecord, WeightsMode
-from gptoss_export.validators.diff import Change
+from gptoss_export.validators.diff import Change, Comparison, ComparisonVerdict
 from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.report import Outcome, ParityReport, content_sha256
 from gptoss_export.validators.report.gate_table import origin, worst_cases
+from gptoss_export.validators.significance import LEVEL, MATTERS
 from gptoss_export.validators.verdict import Case, Failure
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.pipeline import ExportResult
-    from gptoss_export.exporter.planning.plan import Plan
 
 Document = dict[str, Any]
 
@@ -71,85 +70,6 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How the weights come into the artifact, and into which folder of it."""
-
-    mode: WeightsMode
-    dir: str
-
-
-@dataclass(frozen=True)
-class Left:
-    """A limit of memory, and what is left below it."""
-
-    limit: str
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class Need:
-    """What is needed, and what is there."""
-
-    needed_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class Disk(Need):
-    """One file system, and what will be written to it."""
-
-    folder: Path
-    purposes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Device(Need):
-    """The memory of the GPU, and what the most demanding target takes of it."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class StageEstimate:
-    """One stage. mapped_bytes: pages of files, which can be dropped, beside memory_bytes."""
-
-    stage: str
-    memory_bytes: int
-    mapped_bytes: int
-    seconds: float
-    basis: str
-
-
-@dataclass(frozen=True)
-class PreflightEstimate:
-    """What the export takes, and what is there. problems: what does not fit. seconds_assume: on which machine."""
-
-    disks: tuple[Disk, ...]
-    stages: tuple[StageEstimate, ...]
-    memory: tuple[Left, ...]
-    device: Device | None
-    seconds: float
-    seconds_assume: str
-    problems: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What an export would do. checkpoint_files: bytes by name. artifacts: folders by target. disk: of --output."""
-
-    model: Path
-    layout: Layout
-    checkpoint_bytes: int
-    checkpoint_files: Mapping[str, int]
-    artifacts: Mapping[str, Path]
-    weights: Placement
-    parity: Parity
-    disk: Need
-    preflight: PreflightEstimate
-    steps: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class TargetState:
     """missing: what this host lacks for the target, null where it can build it."""
 
@@ -164,6 +84,14 @@ class Targets:
     """All targets of this version."""
 
     targets: tuple[TargetState, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the weights come into the artifact, and into which folder of it."""
+
+    mode: WeightsMode
+    dir: str
 
 
 @dataclass(frozen=True)
@@ -235,12 +163,28 @@ class Judged:
 
 @dataclass(frozen=True)
 class Compared:
-    """Release against release. changes: of every figure. regressions, improvements: what is no figure, in words."""
+    """Release against release. old_*, new_*: of the reports. changes: of every figure, whatever its kind.
 
+    not_kept: gates that were kept and are not; kept_again: the other way round; failing: all that the new report does
+    not keep. regressions, improvements: what is neither figure nor gate, in words. What it was judged by: level of the
+    counts' tests, matters (share of a limit), tolerance (times).
+    """
+
+    verdict: ComparisonVerdict
     regressed: bool
+    old_target: str
+    new_target: str
+    old_verdict: Outcome
+    new_verdict: Outcome
     changes: tuple[Change, ...]
+    not_kept: tuple[Failure, ...]
+    kept_again: tuple[Failure, ...]
+    failing: tuple[Failure, ...]
     regressions: tuple[str, ...]
     improvements: tuple[str, ...]
+    level: float
+    matters: float
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -310,39 +254,17 @@ def _result(result: ExportResult) -> Result:
     )
 
 
-def planned(plan: Plan) -> Document:
-    """Of --dry-run."""
-    found, gpu = plan.preflight, plan.preflight.device
-    preflight = PreflightEstimate(
-        disks=tuple(Disk(d.needed, d.free, d.folder, d.purposes) for d in found.disks),
-        stages=tuple(StageEstimate(s.stage, s.memory, s.mapped, round(s.seconds, 1), s.basis) for s in found.stages),
-        memory=tuple(Left(room.name, room.nbytes) for room in found.rooms),
-        device=None if gpu is None else Device(gpu.needed, gpu.free, gpu.name),
-        seconds=round(found.seconds, 1),
-        seconds_assume=MACHINE,
-        problems=tuple(problem.what for problem in found.problems),
-    )
-    return document(
-        Planned(
-            model=plan.checkpoint.root,
-            layout=plan.checkpoint.layout,
-            checkpoint_bytes=plan.checkpoint_bytes,
-            checkpoint_files={name: path.stat().st_size for name, path in plan.checkpoint_files.items()},
-            artifacts=plan.folders,
-            weights=Placement(plan.request.weights, plan.weights_dir),
-            parity=plan.request.parity,
-            disk=Need(plan.copied_bytes, found.disks[0].free),
-            preflight=preflight,
-            steps=plan.steps,
-        )
-    )
-
-
 def judged(report: ParityReport) -> Document:
     """Of `report`."""
     gates = tuple(JudgedGate(**asdict(case), limit_from=origin(report, case.gate)) for case in worst_cases(report))
     said = (report.target, report.outcome, report.effort, report.loosened)
     return document(Judged(*said, report.verdict.failures, gates, content_sha256(report)))
+
+
+def compared(found: Comparison) -> Document:
+    """Of `diff`."""
+    same = {field.name: getattr(found, field.name) for field in fields(found)}
+    return document(Compared(found.verdict, found.regressed, level=LEVEL, matters=MATTERS, **same))
 
 
 def imported(found: Mapping[str, Metrics], gates: Sequence[Case]) -> Document:

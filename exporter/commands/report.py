@@ -1,4 +1,4 @@
-"""Commands on reports, which run nothing: `report` takes a verdict again, `diff` compares two."""
+"""The command `report`, which runs nothing: another verdict on what was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from gptoss_export.exporter.commands.gates import gate_option
 from gptoss_export.exporter.commands.settings import Settings, common_options, json_option
 
 if TYPE_CHECKING:
-    from gptoss_export.validators.diff import Change, Comparison
     from gptoss_export.validators.report import ParityReport
 
 _PLACE = click.Path(path_type=Path)
@@ -55,50 +54,6 @@ def report(
     else:
         _echo_report(found)
     _require_pass(found, place, allow_unexecuted)
-
-
-@click.command("diff")
-@click.argument("old", metavar="OLD", type=_PLACE)
-@click.argument("new", metavar="NEW", type=_PLACE)
-@click.option(
-    "--tolerance",
-    type=click.FloatRange(1, 1e6),
-    default=1.5,
-    show_default=True,
-    metavar="F",
-    help="Times that a figure may be as bad as before.",
-)
-@click.option("--allow-other-target", is_flag=True, help="Compare artifacts of two targets.")
-@json_option
-@common_options
-@click.pass_obj
-def diff(settings: Settings, old: Path, new: Path, tolerance: float, allow_other_target: bool) -> None:
-    """Compare two artifacts, or two parity.json, of the same checkpoint and probes.
-
-    Prints every figure of both. Exits 53 when one is worse by more than --tolerance and beyond noise, when a gate is
-    not kept any more or was loosened, or when something is not measured any more; 54 when they cannot be compared.
-
-    \b
-    Examples:
-      gptoss-export diff ./release-1.0 ./release-1.1
-      gptoss-export diff old/parity.json new/parity.json --tolerance 2 --json
-    """
-    from gptoss_export.exporter.errors import RegressionError
-    from gptoss_export.validators.diff import compare
-
-    found = compare(open_report(old), open_report(new), tolerance=tolerance, allow_other_target=allow_other_target)
-    if settings.as_json:
-        from gptoss_export.exporter.commands.documents import Compared, document
-
-        settings.document = document(Compared(found.regressed, found.changes, found.regressions, found.improvements))
-    else:
-        _echo_comparison(found)
-    if found.regressed:
-        worse = [*found.regressions, *map(_in_words, found.of_kind("lost", "regression"))]
-        raise RegressionError(
-            f"{new} is worse than {old} in {len(worse)} ways, first: {worse[0]}",
-            f"do not ship it; read {new} beside {old}, or raise --tolerance if this is noise",
-        )
 
 
 def open_report(place: Path) -> ParityReport:
@@ -154,39 +109,6 @@ def _echo_report(found: ParityReport) -> None:
     table = gates_section(found).tables[0]
     click.echo()
     echo_table([table.head, *table.rows])
-
-
-def _echo_comparison(found: Comparison) -> None:
-    from gptoss_export.validators.report.text import number, one_line
-
-    rows = [
-        (one_line(c.where, 60), c.name, number(c.old), number(c.new), "-" if c.ratio is None else f"{c.ratio:.3g}")
-        for c in found.changes
-    ]
-    marks = ["" if c.kind == "same" else c.kind for c in found.changes]
-    head = ("where", "figure", "old", "new", "times as bad", "")
-    echo_table([head, *((*row, mark) for row, mark in zip(rows, marks, strict=True))])
-    click.echo()
-    for title, words, kinds in (
-        ("improvement", found.improvements, ("improvement", "new")),
-        ("regression", found.regressions, ("regression", "lost")),
-    ):
-        for line in (*words, *(_in_words(change) for change in found.changes if change.kind in kinds)):
-            click.echo(f"{title}: {line}")
-    counts = {kind: sum(c.kind == kind for c in found.changes) for kind in ("same", "improvement", "regression")}
-    click.echo(", ".join(f"{kind}: {count}" for kind, count in counts.items()) + f", of {len(found.changes)} figures")
-
-
-def _in_words(change: Change) -> str:
-    from gptoss_export.validators.report.text import number, one_line
-
-    where = f"{change.name} in {one_line(change.where, 80)}"
-    if change.kind == "lost":
-        return f"{where} is not measured any more, and was {number(change.old)}"
-    if change.kind == "new":
-        return f"{where} is measured now: {number(change.new)}"
-    times = "" if change.ratio is None else f", {change.ratio:.3g} times as bad"
-    return f"{where} was {number(change.old)} and is {number(change.new)}{times}"
 
 
 def echo_table(rows: Sequence[Sequence[str]]) -> None:

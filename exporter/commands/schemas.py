@@ -15,6 +15,7 @@ from gptoss_export.exporter.artifact import SCHEMA_VERSION as MANIFEST_VERSION
 from gptoss_export.exporter.artifact import ParityRecord
 from gptoss_export.exporter.commands import documents
 from gptoss_export.exporter.commands.failure import Error
+from gptoss_export.exporter.commands.plan_document import Planned
 from gptoss_export.exporter.commands.settings import SCHEMA_VERSION
 from gptoss_export.exporter.origin import Origin
 from gptoss_export.exporter.weights import FileRecord
@@ -24,7 +25,7 @@ from gptoss_export.validators.report.json_schema import DIALECT, Schema, object_
 
 DOCUMENTS: Mapping[str, tuple[str, type]] = {
     "export": ("", documents.Results),
-    "plan": ("--dry-run", documents.Planned),
+    "plan": ("--dry-run", Planned),
     "targets": ("targets", documents.Targets),
     "inspect": ("inspect", documents.ManifestFile),
     "validate": ("validate", documents.Results),
@@ -54,7 +55,7 @@ _SPECIAL: Mapping[tuple[type, str], Schema] = {
     (FileRecord, "sha256"): _SHA256,
     (ParityRecord, "report_sha256"): {"anyOf": [_SHA256, {"type": "null"}]},
     (Origin, "options"): {"type": "object", "additionalProperties": _OPTION},
-    **{(Change, name): _ANY_NUMBER for name in ("old", "new", "ratio")},
+    **{(Change, name): _ANY_NUMBER for name in ("old", "new", "old_share", "new_share")},
     (Error, "kind"): {"type": "string", "pattern": "^[a-z]+(-[a-z]+)*$"},
     (Error, "exit_code"): {"type": "integer", "minimum": 1, "maximum": 125},
 }
