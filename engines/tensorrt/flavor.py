@@ -80,6 +80,11 @@ class Flavor:
         return f"{name} {self.version}" if self.version else name
 
     @property
+    def distributions(self) -> tuple[str, ...]:
+        """Its names on PyPI, of which one is installed."""
+        return _PACKAGES[self.name].distributions
+
+    @property
     def needs_gpu(self) -> bool:
         """Whether it can only build where there is a GPU, for this GPU."""
         return self.name == "tensorrt"
@@ -112,6 +117,11 @@ class Flavor:
                 before = environment.get("LD_LIBRARY_PATH")
                 environment["LD_LIBRARY_PATH"] = f"{folder}:{before}" if before else folder
             yield environment
+
+
+def distributions_of(module: str) -> tuple[str, ...]:
+    """Under which names on PyPI one of the two packages may be installed; of any other module, its own."""
+    return next((package.distributions for package in _PACKAGES.values() if package.module == module), (module,))
 
 
 def find_flavor(choice: FlavorChoice = "auto") -> Flavor:

@@ -53,6 +53,12 @@ def check(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings)
         )
 
 
+def packages(settings: BuildSettings) -> tuple[str, ...]:
+    """The distributions that build and run an engine with these settings, beside those of every target."""
+    flavor = find_flavor(settings.engine.flavor)
+    return (*flavor.distributions, "cuda-bindings", *(("triton",) if settings.engine.plugin else ()))
+
+
 def ram_bytes(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings) -> int:
     """What building the engine takes of this host's memory: TensorRT holds constants two and a quarter times."""
     from gptoss_export.engines.tensorrt.dense import dense_tensors

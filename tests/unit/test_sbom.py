@@ -65,7 +65,7 @@ def test_files_libraries_and_ancestors(delivered: Any) -> None:
     assert (model["type"], model["name"]) == ("machine-learning-model", "openai/gpt-oss-20b (ort-cpu)")
     assert model["licenses"] == [{"license": {"id": "Apache-2.0"}}]
     (ancestor,) = model["pedigree"]["ancestors"]
-    assert ancestor["purl"] == f"pkg:huggingface/openai/gpt-oss-20b@{manifest.origin.commit}"
+    assert ancestor["purl"] == f"pkg:huggingface/openai/gpt-oss-20b@{manifest.origin.model.revision}"
     shards = {part["name"]: part["hashes"][0]["content"] for part in ancestor["components"]}
     assert shards == {name: record.sha256 for name, record in manifest.checkpoint.items()}
     needs = bill["dependencies"][0]["dependsOn"]
