@@ -371,6 +371,12 @@ def delivered(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Delivered:
 
 
 @pytest.fixture
+def delivered_as(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[[ModelName], Delivered]:
+    """Artifacts that passed, by what their model is called."""
+    return lambda model: deliver(tmp_path / "named", tiny, samples.passing, {}, origin=Origin(model))
+
+
+@pytest.fixture
 def unvalidated(tmp_path: Path, tiny: Checkpoint) -> Delivered:
     """An artifact that nothing was compared with."""
     return deliver(tmp_path / "unvalidated", tiny, None, {})
