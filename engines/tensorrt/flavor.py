@@ -80,9 +80,9 @@ class Flavor:
         return f"{name} {self.version}" if self.version else name
 
     @property
-    def distributions(self) -> tuple[str, ...]:
-        """Its names on PyPI, of which one is installed."""
-        return _PACKAGES[self.name].distributions
+    def module(self) -> str:
+        """What is imported: `tensorrt` or `tensorrt_rtx`, by which engines name what runs them."""
+        return _PACKAGES[self.name].module
 
     @property
     def needs_gpu(self) -> bool:
@@ -119,9 +119,10 @@ class Flavor:
             yield environment
 
 
-def distributions_of(module: str) -> tuple[str, ...]:
-    """Under which names on PyPI one of the two packages may be installed; of any other module, its own."""
-    return next((package.distributions for package in _PACKAGES.values() if package.module == module), (module,))
+def distributions_of(engine: str) -> tuple[str, ...]:
+    """What runs artifacts of an engine, by its names on PyPI; of a package that has several, all are there."""
+    names = next((package.distributions for package in _PACKAGES.values() if package.module == engine), ())
+    return (*names, "cuda-bindings") if names else (engine,)
 
 
 def find_flavor(choice: FlavorChoice = "auto") -> Flavor:

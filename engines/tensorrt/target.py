@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gptoss_export.engines.build_info import BuildInfo, BuildSettings, Execution
 from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.tensorrt.cache import slots_for
-from gptoss_export.engines.tensorrt.flavor import find_flavor, gpu_problem
+from gptoss_export.engines.tensorrt.flavor import distributions_of, find_flavor, gpu_problem
 from gptoss_export.engines.tensorrt.metadata import (
     ENGINE_NAME,
     EngineInput,
@@ -55,8 +55,8 @@ def check(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings)
 
 def packages(settings: BuildSettings) -> tuple[str, ...]:
     """The distributions that build and run an engine with these settings, beside those of every target."""
-    flavor = find_flavor(settings.engine.flavor)
-    return (*flavor.distributions, "cuda-bindings", *(("triton",) if settings.engine.plugin else ()))
+    engine = find_flavor(settings.engine.flavor).module
+    return (*distributions_of(engine), *(("triton",) if settings.engine.plugin else ()))
 
 
 def ram_bytes(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings) -> int:
