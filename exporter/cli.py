@@ -25,6 +25,7 @@ from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
 from gptoss_export.exporter.commands.failure import BUG, Error, error_of, wants_json
 from gptoss_export.exporter.commands.gates import gate_option
+from gptoss_export.exporter.commands.naming import naming_options
 from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
@@ -78,6 +79,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 @click.option("--model", metavar="DIR|ID", help="Checkpoint folder, or an id on the Hugging Face Hub.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@naming_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -128,6 +130,8 @@ def cli(
     targets: tuple[str, ...],
     model: str | None,
     revision: str | None,
+    name: str | None,
+    labels: Mapping[str, str],
     output: Path | None,
     weights: str,
     parity: str,
@@ -153,6 +157,7 @@ def cli(
     from gptoss_export.exporter.commands import documents
     from gptoss_export.exporter.commands.plan_document import planned
     from gptoss_export.exporter.commands.show import echo_plan, echo_result
+    from gptoss_export.exporter.origin import ModelName
     from gptoss_export.exporter.pipeline import ExportRequest, MeasureOptions, export, make_plan, require_pass
     from gptoss_export.exporter.weights import WeightsMode
 
@@ -174,6 +179,7 @@ def cli(
         bundle_kernels=bundle_kernels,
         engine=engine_options_of(engine),
         measure=MeasureOptions(prompts=prompts, overrides=gates),
+        called=ModelName(name=name, labels=labels),
     )
     if dry_run:
         with settings.working():

@@ -108,6 +108,7 @@ def measure(
         binding=Binding(
             checkpoint={file: record.sha256 for file, record in manifest.checkpoint.items()},
             files={f: record.sha256 for f, record in manifest.files.items() if f not in RECORD_NAMES},
+            model=manifest.origin.model,
         ),
         max_batch=runs.max_batch,
         max_context=runs.max_context,

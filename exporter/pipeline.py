@@ -286,7 +286,7 @@ def _draft(
     name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping[str, FileRecord], journal: Journal
 ) -> Manifest:
     return Manifest(
-        versions=library_versions(),
+        versions=library_versions([name], plan.request.engine),
         target=name,
         engine=info.engine,
         provider=info.provider,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptoss_export.exporter.artifact import Manifest
+    from gptoss_export.exporter.origin import ModelName
     from gptoss_export.exporter.pipeline import ExportResult
     from gptoss_export.exporter.planning.plan import Plan
 
@@ -58,6 +59,7 @@ def echo_manifest(manifest: Manifest) -> None:
             f"{model.num_layers} layers, {model.num_experts} experts (top {model.top_k}), hidden {model.hidden_size}, "
             f"vocabulary {model.vocab_size}, context {model.max_positions}",
         ),
+        *_called(manifest.origin.model),
         ("layout", manifest.layout.value),
         ("weights", f"{manifest.weights_mode.value}, in {manifest.weights_dir}/"),
         ("size", f"{len(manifest.files)} files, {format_bytes(artifact_bytes(manifest))}"),
@@ -67,6 +69,14 @@ def echo_manifest(manifest: Manifest) -> None:
     ]
     for name, value in rows:
         click.echo(f"{name:<8} {value}")
+
+
+def _called(model: ModelName) -> list[tuple[str, str]]:
+    texts = (("name", model.name), ("from", model.source))
+    return [
+        *((what, text) for what, text in texts if text is not None),
+        *(("label", f"{key}={value}") for key, value in sorted(model.labels.items())),
+    ]
 
 
 def artifact_bytes(manifest: Manifest) -> int:

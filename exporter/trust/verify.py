@@ -210,6 +210,8 @@ def _check_report(report: ParityReport | None, manifest: Manifest) -> Check:
     artifact = {name: record.sha256 for name, record in manifest.files.items() if name not in RECORD_NAMES}
     if report.binding.files != artifact:
         raise _wrong("the parity report is about another artifact")
+    if report.binding.model != manifest.origin.model:
+        raise _wrong("the parity report calls the model something else than the manifest")
     loosened = f", gates LOOSENED: {', '.join(parity.loosened)}" if parity.loosened else ""
     return Check("parity", f"{parity.verdict} ({parity.effort}{loosened}), the report is about these bytes")
 

@@ -77,6 +77,9 @@ class FakeTarget:
     def own_bytes(self, checkpoint: Any, settings: Any) -> int:
         return self.own
 
+    def packages(self, settings: Any) -> tuple[str, ...]:
+        return targets.PACKAGES
+
     def ram_bytes(self, checkpoint: Any, settings: Any) -> int:
         return 3_000_000_000 if self.name == "onnx" else 0
 

@@ -6,6 +6,7 @@ python -m gptoss_export.validators.report.json_schema > docs/parity.schema.json
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from gptoss_export.exporter.origin import COMMIT, LABEL_KEY, LONGEST_TEXT, MOST_LABELS, REPOSITORY, ModelName
 from gptoss_export.validators.gates import GATE_NAMES, GatePolicy, override
 from gptoss_export.validators.report.bounds import LARGEST_FLOAT, item_bounds, number_bounds
 from gptoss_export.validators.report.schema import SCHEMA_VERSION, Binding, Outcome, ParityReport, ProbeRecord
@@ -22,7 +24,15 @@ Schema = dict[str, Any]
 Special = Mapping[tuple[type, str], Schema]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _pattern(form: re.Pattern[str]) -> Schema:
+    return {"type": "string", "pattern": f"^{form.pattern}$"}
+
+
 _SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+# One line; that it is printable, which no pattern says, the reader checks.
+_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": LONGEST_TEXT, "pattern": "^\\S(.*\\S)?$"}
 _SPECIAL: Special = {
     (ParityReport, "schema_version"): {"const": SCHEMA_VERSION},
     (ParityReport, "created_at"): {"type": "string", "format": "date-time"},
@@ -35,6 +45,15 @@ _SPECIAL: Special = {
     (ProbeRecord, "sha256"): _SHA256,
     (Binding, "checkpoint"): {"type": "object", "additionalProperties": _SHA256},
     (Binding, "files"): {"type": "object", "additionalProperties": _SHA256},
+    (ModelName, "name"): {"anyOf": [_TEXT, {"type": "null"}]},
+    (ModelName, "repository"): {"anyOf": [_pattern(REPOSITORY), {"type": "null"}]},
+    (ModelName, "revision"): {"anyOf": [_pattern(COMMIT), {"type": "null"}]},
+    (ModelName, "labels"): {
+        "type": "object",
+        "propertyNames": _pattern(LABEL_KEY),
+        "additionalProperties": _TEXT,
+        "maxProperties": MOST_LABELS,
+    },
     (GatePolicy, "factor"): {"type": "number", "minimum": 1},
 }
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from gptoss_export.exporter.origin import ModelName
 from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
 from gptoss_export.validators.gates import GatePolicy, Gates, loosened
@@ -95,10 +96,12 @@ class KLByPosition:
 
 @dataclass(frozen=True)
 class Binding:
-    """Which bytes the report speaks of: sha256 (hex) by file name, of the checkpoint and of the artifact."""
+    """Which bytes the report speaks of: sha256 (hex) by file name, of the checkpoint and of the artifact; and what the
+    checkpoint is called."""
 
     checkpoint: Mapping[str, str]
     files: Mapping[str, str]
+    model: ModelName = field(default_factory=ModelName)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,13 @@ def verdict_finding(report: ParityReport) -> str:
     )
 
 
+def model_sentence(report: ParityReport) -> str:
+    """What the model is called and where it came from; empty where neither is known."""
+    model = report.binding.model
+    named = ", from ".join(filter(None, (model.name, model.source)))
+    return f"The model: {named}." if named else ""
+
+
 def failure_text(failure: Failure) -> str:
     """`max_kl_mean in decode (2e-09, limit 1e-09)`, or that nothing was measured."""
     where = one_line(failure.where, 160)
