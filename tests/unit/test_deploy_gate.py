@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -141,11 +140,12 @@ def test_verify_warns_and_require_pass_refuses(
 
 @pytest.mark.parametrize("name", KINDS)
 def test_verify_as_json_says_the_verdict_and_is_refused_all_the_same(
-    name: str, artifact: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    name: str, artifact: Callable[[str], Path], capsys: pytest.CaptureFixture[str], read_document: Any
 ) -> None:
     kind, folder = KINDS[name], artifact(name)
     assert cli.main(["-q", "verify", str(folder), "--json", "--require-pass"]) == kind.code
-    found = json.loads(capsys.readouterr().out)
+    found = read_document("verify", capsys.readouterr().out)
+    assert found.get("error", {"exit_code": 0})["exit_code"] == kind.code
     assert found["verdict"] == read_manifest(folder).parity.verdict
     assert found["loosened"] == (["max_logit_diff", "max_layer_error"] if name == "loosened" else [])
 
@@ -301,11 +301,12 @@ def test_validate_elsewhere_changes_nothing_in_a_signed_artifact(
     measures: list[ParityReport],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    read_document: Any,
 ) -> None:
     folder, output = signed(artifact(name)), tmp_path / "a" / "report"
     before = content(folder)
     assert cli.main(["-q", "validate", str(folder), "--output", str(output), "--json"]) == 0
-    (result,) = json.loads(capsys.readouterr().out)["results"]
+    (result,) = read_document("validate", capsys.readouterr().out)["results"]
     assert (result["verdict"], result["report_folder"]) == ("pass", str(output))
     assert result["content_sha256"] == read_manifest(folder).content_sha256
     assert content(folder) == before
