@@ -88,7 +88,6 @@ def verify(
     Examples:
       gptoss-export verify ./release
       gptoss-export verify ./release --require-pass --require-signature --public-key release.pub
-      gptoss-export verify ./release --require-signature --public-key release.pub
       gptoss-export verify ./release --identity ci@example.com --issuer https://accounts.example.com
     """
     from gptoss_export.exporter.commands.show import warn_unless_clean
