@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gptoss_export.validators.diff import Change, ChangeKind, Comparison
 from gptoss_export.validators.report.text import failure_text, number, of_limit, one_line, plural
@@ -38,7 +38,7 @@ def lines(found: Comparison, *, everything: bool) -> list[str]:
     told += _sentences("worse", found.regressions)
     told += _sentences("not measured any more", _places(found.of_kind("lost")))
     told += _section("worse", found.of_kind("regression"))
-    told += _sentences("kept again", map(_gate_text, _by_gate(found.kept_again)))
+    told += _sentences("kept now, not before", map(_gate_text, _by_gate(found.kept_again)))
     told += _sentences("better", found.improvements)
     told += _sentences("measured now", _places(found.of_kind("new")))
     told += _section("better", found.of_kind("improvement"))
@@ -207,13 +207,16 @@ def _table(rows: Sequence[Sequence[str]], place: int, columns: int = COLUMNS) ->
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     others = sum(widths) - widths[place] + 2 * (len(widths) - 1)
     widths[place] = min(widths[place], max(columns - others, _NARROW))
-    cut: Callable[[int, str], str] = lambda k, cell: _middle(cell, widths[k]) if k == place else cell  # noqa: E731
-    return [
-        "  ".join(cut(k, cell).ljust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True)))[
-            :columns
-        ].rstrip()
-        for row in rows
-    ]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            _middle(cell, width) if k == place else cell
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        # Numbers of hundreds of digits are nobody's, yet a file may hold them.
+        return "  ".join(map(str.ljust, cells, widths))[:columns].rstrip()
+
+    return [line(row) for row in rows]
 
 
 def _middle(text: str, most: int) -> str:

@@ -114,7 +114,7 @@ def times(was: Figure, now: Figure) -> float | None:
     if not min(before, after) > floor(was, now):
         return None
     ratio = after / before
-    return ratio if math.isfinite(ratio) else None
+    return ratio if 0 < ratio < math.inf else None
 
 
 def _shares(was: Figure, now: Figure) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def diff(
     """Compare two artifacts, or two parity.json, of the same checkpoint and probes.
 
     Prints whether NEW is better, worse or the same, and what changed, worst first. A figure counts when more than 1 %
-    of its limit is used and it is worse by more than --tolerance (twice over for a maximum), a count when it is more
+    of its limit is used and it is worse by more than --tolerance (squared for a maximum), a count when it is more
     than sampling explains (one in a thousand). Exits 53 when one is worse, when a gate is not kept any more or was
     loosened, or when something is not measured any more; 54 when they cannot be compared.
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptoss_export.exporter.errors import NotComparableError
@@ -489,7 +489,9 @@ def unprinted(passing: ParityReport) -> Report:
     return Report(passing)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
+@example({"perplexity_ratio": 0.0, "perplexity_ratio_se": 0.0}, {"perplexity_ratio": 2.0}, {}, {}, False)
+@example({"kl_mean": 1e308}, {"kl_mean": 0.0}, {"max_kl_mean": 0.0, "max_logit_diff": 7e-150}, {}, False)
 @given(_METRICS, _METRICS, _OVERRIDES, _OVERRIDES, st.booleans())
 def test_whatever_is_worse_is_better_the_other_way_round(
     unprinted: Report,

@@ -166,7 +166,7 @@ def test_diff_fails_on_a_regression_and_says_which(stored: Any, capsys: pytest.C
     assert cli.main(["diff", new, old]) == 0
     out = capsys.readouterr().out
     assert out.startswith("BETTER: fail -> pass; ")
-    assert "kept again: max_logit_diff in decode (5, limit 4)" in out
+    assert "kept now, not before: max_logit_diff in decode (5, limit 4)" in out
     assert cli.main(["diff", old, new, "--tolerance", "1e6"]) == 53  # gates that are not kept are no matter of degree
 
 
