@@ -377,12 +377,6 @@ def delivered_with(tmp_path: Path, tiny: Checkpoint) -> Callable[[str, ParityRep
 
 
 @pytest.fixture
-def delivered_as(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[[ModelName], Delivered]:
-    """Artifacts that passed, by what their model is called."""
-    return lambda model: deliver(tmp_path / "named", tiny, samples.passing, {}, origin=Origin(model))
-
-
-@pytest.fixture
 def unvalidated(tmp_path: Path, tiny: Checkpoint) -> Delivered:
     """An artifact that nothing was compared with."""
     return deliver(tmp_path / "unvalidated", tiny, None, {})
@@ -398,3 +392,9 @@ def with_engine(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[
         return deliver(tmp_path / "engine", tiny, samples.not_executed, extra, **changes)
 
     return make
+
+
+@pytest.fixture
+def delivered_as(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[[ModelName], Delivered]:
+    """Artifacts that passed, by what their model is called."""
+    return lambda model: deliver(tmp_path / "named", tiny, samples.passing, {}, origin=Origin(model))

@@ -32,6 +32,7 @@ from gptoss_export.exporter.output.staging import in_use
 from gptoss_export.exporter.trust.policy import DOUBTS, OPTIONS, doubts, in_words, require_pass
 from gptoss_export.validators.report import ParityReport, read_report
 from gptoss_export.validators.report.again import judged_again
+from gptoss_export.validators.report.schema import Binding
 
 FAILED = "ort-cpu is not the model: gate max_logit_diff in decode: measured 5, limit "
 
@@ -255,7 +256,7 @@ def measures(monkeypatch: pytest.MonkeyPatch, samples: Any) -> list[ParityReport
         files = {n: r.sha256 for n, r in manifest.files.items() if n in ("model.onnx",) or n.startswith("weights/")}
         checkpoint = {name: r.sha256 for name, r in manifest.checkpoint.items()}
         report = next(iter(reports), samples.passing)
-        made = replace(report, binding=replace(report.binding, checkpoint=checkpoint, files=files))
+        made = replace(report, binding=Binding(checkpoint, files, manifest.origin.model))
         reports.append(made)
         return made
 
