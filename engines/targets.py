@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+PACKAGES = (
+    "gptoss-export",
+    "ml_dtypes",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "onnxsim",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+"""Distributions by which every artifact is made and measured; what else is installed must not change it."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One row of the table.
@@ -34,6 +50,7 @@ class Target:
     own_bytes: how much the build writes of weights, beside the checkpoint's own files.
     ram_bytes: memory that the build takes beside this program's own; 0: not worth a word.
     device_bytes: memory of the GPU that running it takes; 0: it runs on none.
+    own_packages: distributions that make or run it with these settings, beside PACKAGES, where check_host passes.
     kernels: finds the installed library of its kernels, or raises TargetUnavailableError; None if it uses none.
     """
 
@@ -51,6 +68,7 @@ class Target:
     own_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
     ram_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
     device_bytes: Callable[[Checkpoint, BuildSettings], int] = lambda checkpoint, settings: 0
+    own_packages: Callable[[BuildSettings], tuple[str, ...]] = lambda settings: ()
     kernels: Callable[[], Path] | None = None
 
     def check_available(self) -> None:
@@ -64,6 +82,10 @@ class Target:
                 f"pip install {' '.join(missing)}",
             )
         self.check_host()
+
+    def packages(self, settings: BuildSettings) -> tuple[str, ...]:
+        """The distributions that decide what an artifact of this target is; of one with several names, all of them."""
+        return (*PACKAGES, *self.own_packages(settings))
 
     def kernel_library(self) -> Path:
         """What `bundle_kernels` copies. Raises TargetUnavailableError where there is nothing."""
@@ -169,6 +191,7 @@ def _trt(name: str, precision: Precision, summary: str) -> Target:
         own_bytes=partial(tensorrt.own_bytes, precision),
         ram_bytes=partial(tensorrt.ram_bytes, precision),
         device_bytes=partial(tensorrt.device_bytes, precision),
+        own_packages=tensorrt.packages,
     )
 
 

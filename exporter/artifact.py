@@ -40,7 +40,7 @@ SBOM_NAME = "sbom.cdx.json"
 # Made of the artifact when it was finished: no report speaks of them, and no hash of its content holds them.
 RECORD_NAMES = (*REPORT_NAMES, PROVENANCE_NAME, SBOM_NAME)
 SIGNATURE_NAME = "model.sig"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_MANIFEST_BYTES = 4 << 20
 
 Verdict = Literal["pass", "fail", "not executed", "not validated"]
@@ -76,7 +76,7 @@ class Manifest:
     checkpoint by name, config.json among them. weights_dir: the checkpoint folder inside the artifact, `.`
     for the artifact's own.
     files: every file of the artifact by its path, the weights and the parity report included. created_at: ISO
-    8601, UTC. origin: what was asked for, and where the checkpoint came from.
+    8601, UTC. origin: what was asked for, what the checkpoint is called and where it came from.
     """
 
     versions: Mapping[str, str]

@@ -6,7 +6,6 @@ command that needs it.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -21,20 +20,19 @@ from typing import TYPE_CHECKING, cast
 import click
 from click.core import ParameterSource
 
-from gptoss_export.engines.memory import out_of_memory, ran_out
-from gptoss_export.exporter.commands import artifact, bench, generate, polygraphy, report, synth, verify
+from gptoss_export.exporter.commands import artifact, bench, diff, generate, polygraphy, report, synth, verify
 from gptoss_export.exporter.commands.config_file import load_defaults
 from gptoss_export.exporter.commands.engine import allow_unexecuted_option, engine_options, engine_options_of
+from gptoss_export.exporter.commands.failure import BUG, Error, error_of, wants_json
 from gptoss_export.exporter.commands.gates import gate_option
+from gptoss_export.exporter.commands.naming import naming_options
 from gptoss_export.exporter.commands.settings import (
     Settings,
     common_options,
     json_option,
-    print_json,
     prompts_option,
     threads_option,
 )
-from gptoss_export.exporter.errors import AccessError, DiskSpaceError, GptossExportError, IntegrityError
 from gptoss_export.exporter.interrupt import Terminated, prompt_end, say_goodbye
 
 if TYPE_CHECKING:
@@ -81,6 +79,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 @click.option("--model", metavar="DIR|ID", help="Checkpoint folder, or an id on the Hugging Face Hub.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@naming_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -110,7 +109,6 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option("--ignore-preflight", is_flag=True, help="Begin although disk or memory do not seem to be enough.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done and what it takes, and stop.")
 @threads_option
-@json_option
 @click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -120,6 +118,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     callback=load_defaults,
     help="YAML file of options.",
 )
+@json_option  # after --config, which may say so
 @common_options
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions."
@@ -131,6 +130,8 @@ def cli(
     targets: tuple[str, ...],
     model: str | None,
     revision: str | None,
+    name: str | None,
+    labels: Mapping[str, str],
     output: Path | None,
     weights: str,
     parity: str,
@@ -141,18 +142,22 @@ def cli(
     ignore_preflight: bool,
     dry_run: bool,
     threads: int | None,
-    as_json: bool,
     allow_unexecuted: bool,
     **engine: object,
 ) -> None:
     """Export gpt-oss from its own checkpoint to an artifact that is shown to be the model."""
+    settings = ctx.ensure_object(Settings)
     if ctx.invoked_subcommand is not None:
         _refuse_export_options(ctx)
+        settings.as_json = False  # as its own option says, if it has one
         return
-    if not (targets or model or output):
+    if not (targets or model or output or settings.as_json):
         click.echo(ctx.get_help(), err=True)
         ctx.exit(2)
-    from gptoss_export.exporter.commands.show import echo_plan, echo_result, plan_as_json, result_as_json
+    from gptoss_export.exporter.commands import documents
+    from gptoss_export.exporter.commands.plan_document import planned
+    from gptoss_export.exporter.commands.show import echo_plan, echo_result
+    from gptoss_export.exporter.origin import ModelName
     from gptoss_export.exporter.pipeline import ExportRequest, MeasureOptions, export, make_plan, require_pass
     from gptoss_export.exporter.weights import WeightsMode
 
@@ -174,19 +179,22 @@ def cli(
         bundle_kernels=bundle_kernels,
         engine=engine_options_of(engine),
         measure=MeasureOptions(prompts=prompts, overrides=gates),
+        called=ModelName(name=name, labels=labels),
     )
-    settings = ctx.ensure_object(Settings)
     if dry_run:
         with settings.working():
             plan = make_plan(replace(request, ignore_preflight=True))
-        print_json(plan_as_json(plan)) if as_json else echo_plan(plan)
+        if settings.as_json:
+            settings.document = planned(plan)
+        else:
+            echo_plan(plan)
         if not ignore_preflight:
             plan.preflight.require()
         return
     with settings.working() as progress:
         results = export(request, progress)
-    if as_json:
-        print_json({"results": [result_as_json(result) for result in results]})
+    if settings.as_json:
+        settings.document = documents.delivered(results)
     else:
         for result in results:
             echo_result(result)
@@ -204,7 +212,7 @@ for _command in (
     verify.verify,
     verify.sign,
     report.report,
-    report.diff,
+    diff.diff,
     polygraphy.polygraphy,
     generate.generate,
     bench.bench,
@@ -222,28 +230,40 @@ def _known_targets(ctx: click.Context, names: tuple[str, ...]) -> tuple[str, ...
 
 
 def _refuse_export_options(ctx: click.Context) -> None:
-    for name in ctx.params:
+    for param in ctx.command.params:
+        name = str(param.name)
         if name not in _EVERYWHERE and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = next(param.opts[0] for param in ctx.command.params if param.name == name)
             raise click.UsageError(
-                f"{option} is an option of the export; those of `{ctx.invoked_subcommand}` follow its name",
+                f"{param.opts[0]} is an option of the export; those of `{ctx.invoked_subcommand}` follow its name",
                 ctx,
             )
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code; see docs/exit-codes.md. Never raises an Exception."""
+    """Runs one command line and returns its exit code; see docs/exit-codes.md. Never raises an Exception.
+
+    With --json, stdout gets one document: the result, the error, or the result with the error in it. A run that a
+    signal ends prints none.
+    """
+    args = sys.argv[1:] if args is None else args
     settings = Settings()
     try:
-        with prompt_end(), warnings.catch_warnings():
-            if "--debug" not in (sys.argv[1:] if args is None else args):
-                warnings.simplefilter("ignore")
-            code = cli.main(args, "gptoss-export", standalone_mode=False, obj=settings)
+        try:
+            with prompt_end(), warnings.catch_warnings():
+                if "--debug" not in args:
+                    warnings.simplefilter("ignore")
+                code = cli.main(args, "gptoss-export", standalone_mode=False, obj=settings)
+                settings.print_document()
+        except (BrokenPipeError, click.Abort):
+            raise
+        except Exception as error:
+            found = error_of(error)
+            _tell(found, error, debug=settings.debug)
+            settings.as_json = wants_json(settings.as_json, args, error)
+            settings.print_document(found)
+            code = found.exit_code
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
     except (BrokenPipeError, SystemExit):
         # The reader of stdout went away; outside of standalone mode this is all that click turns into sys.exit.
         # Without the next line the interpreter would complain once more when it closes stdout.
@@ -253,54 +273,17 @@ def main(args: Sequence[str] | None = None) -> int:
         return say_goodbye(signal.SIGINT, error)
     except Terminated as error:
         return say_goodbye(signal.SIGTERM, error)
-    except Exception as error:
-        return _report(error, settings)
 
 
-def _report(error: Exception, settings: Settings) -> int:
-    if settings.debug:
+def _tell(found: Error, error: Exception, *, debug: bool) -> None:
+    """The error for people, on stderr."""
+    if isinstance(error, click.ClickException):
+        error.show()
+        return
+    if debug:
         traceback.print_exception(error)
-    known = _known(error)
-    if known is None:
-        what = str(error).splitlines()[0] if str(error) else "no message"
-        click.echo(f"error: a bug in gptoss-export: {type(error).__name__}: {what}", err=True)
-        click.echo("  next: rerun with --debug and report the traceback", err=True)
-        return 1
-    click.echo(f"error: {_printable(known.what)}", err=True)
-    click.echo(f"  next: {_printable(known.next_step)}", err=True)
-    for note in getattr(error, "__notes__", ()):
-        click.echo(f"  kept: {note}", err=True)
-    return known.exit_code
-
-
-def _printable(line: str) -> str:
-    """Errors quote files that somebody else wrote; what they hold is not for the terminal to obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-
-
-def _known(error: Exception) -> GptossExportError | None:
-    """The error as one of ours, if it is one that a user can do something about."""
-    if isinstance(error, GptossExportError):
-        return error
-    if ran_out(error):
-        return out_of_memory()
-    if not isinstance(error, OSError):
-        return None
-    where = error.filename if error.filename is not None else "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskSpaceError(f"no space left on the device for {where}", "free space, or choose another --output")
-    if error.errno in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-    ):
-        return AccessError(f"{where}: {error.strerror}", "check the path and the rights of this user on it")
-    if error.errno == errno.ENOENT and error.filename is not None:
-        return IntegrityError(f"{where} is gone, which was there before", "leave the files alone while they are used")
-    if error.errno in (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ENOTCONN):
-        return AccessError(f"{where}: {error.strerror}", "the disk or the network it is on failed; check both")
-    return None
+    click.echo(f"error: {found.what}", err=True)
+    click.echo(f"  next: {found.next}", err=True)
+    if found.kind != BUG:
+        for note in getattr(error, "__notes__", ()):
+            click.echo(f"  kept: {note}", err=True)

@@ -36,12 +36,14 @@
     |   +-- TokenizerError            46  no tokenizer where text was given or asked for
     |   +-- AccessError               47  a file or folder that this user may not read or write
     |   +-- LockedError               48  another run writes or validates this artifact
+    |   +-- SignedError               49  the artifact is signed, and a change would end its signature
     +-- ParityError
     |   +-- ParityFailedError         50  the artifact is not the model, by the gates of its target
     |   +-- NotValidatedError         51  a verdict was asked for, and none was ever made
     |   +-- NotExecutedError          52  the engine was built and never run: only its graph was compared
     |   +-- RegressionError           53  an artifact is worse than the one before it
     |   +-- NotComparableError        54  two reports that are not about the same measurement
+    |   +-- LoosenedGatesError        57  the verdict was taken by gates looser than the target's own
     +-- ProvenanceError                   who vouches for an artifact, and when
     |   +-- SignatureError            55  an artifact that is not signed, or not by whom it should be
     |   +-- TimeStampError            56  SOURCE_DATE_EPOCH is no time
@@ -54,6 +56,7 @@ Exit code 0 is success, 1 a bug of ours, 2 a wrong command line, 130 Ctrl-C, 143
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -61,6 +64,13 @@ class GptossExportError(Exception):
     """An error with one line that says what happened and one that says what to do about it."""
 
     exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "bug"
+    """The name of the error for machines: that of its class without `Error`, as `checkpoint-not-found`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "exit_code" in vars(cls):
+            cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Error")).lower()
 
     def __init__(self, what: str, next_step: str) -> None:
         super().__init__(what)
@@ -208,6 +218,10 @@ class LockedError(ArtifactError):
     exit_code = 48
 
 
+class SignedError(ArtifactError):
+    exit_code = 49
+
+
 class ParityError(GptossExportError):
     """The artifact is not shown to be the model."""
 
@@ -230,6 +244,10 @@ class RegressionError(ParityError):
 
 class NotComparableError(ParityError):
     exit_code = 54
+
+
+class LoosenedGatesError(ParityError):
+    exit_code = 57
 
 
 class ProvenanceError(GptossExportError):

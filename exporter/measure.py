@@ -108,6 +108,7 @@ def measure(
         binding=Binding(
             checkpoint={file: record.sha256 for file, record in manifest.checkpoint.items()},
             files={f: record.sha256 for f, record in manifest.files.items() if f not in RECORD_NAMES},
+            model=manifest.origin.model,
         ),
         max_batch=runs.max_batch,
         max_context=runs.max_context,
@@ -125,12 +126,18 @@ def measure(
 
 def record(report: ParityReport, manifest: Manifest, folder: Path) -> Manifest:
     """Writes the report into the folder and its verdict into the manifest."""
-    from gptoss_export.validators.report import content_sha256, write_report
+    from gptoss_export.validators.report import write_report
 
     with disk_errors("the parity report"):
         paths = write_report(report, folder)
-    record = ParityRecord(report.outcome, report.effort, content_sha256(report), report.loosened)
-    return manifest.with_parity(record, hash_files({path.name: path for path in paths}))
+    return manifest.with_parity(parity_record(report), hash_files({path.name: path for path in paths}))
+
+
+def parity_record(report: ParityReport) -> ParityRecord:
+    """What a manifest says of a report."""
+    from gptoss_export.validators.report import content_sha256
+
+    return ParityRecord(report.outcome, report.effort, content_sha256(report), report.loosened)
 
 
 def first_failure(report: ParityReport) -> str:

@@ -10,17 +10,14 @@ exit code.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_export.exporter.artifact import (
     RECORD_NAMES,
-    REPORT_NAMES,
     Manifest,
     ParityRecord,
     read_manifest,
@@ -28,23 +25,22 @@ from gptoss_export.exporter.artifact import (
     write_manifest,
 )
 from gptoss_export.exporter.clock import now
-from gptoss_export.exporter.errors import (
-    IntegrityError,
-    ManifestError,
-    NotExecutedError,
-    NotValidatedError,
-    ParityFailedError,
-)
-from gptoss_export.exporter.measure import first_failure, make_yardstick, measure, record
+from gptoss_export.exporter.errors import IntegrityError, ManifestError
+from gptoss_export.exporter.measure import first_failure, make_yardstick, measure, parity_record, record
 from gptoss_export.exporter.output.identity import export_key, library_versions
 from gptoss_export.exporter.output.journal import Journal
+from gptoss_export.exporter.output.report_place import check_place, remove_signature, write_elsewhere
 from gptoss_export.exporter.output.staging import in_use, journaled, journaled_in_place
 from gptoss_export.exporter.planning.plan import Plan, make_plan
 from gptoss_export.exporter.planning.request import Effort, ExportRequest, MeasureOptions, Parity
 from gptoss_export.exporter.progress import Progress, SilentProgress
+from gptoss_export.exporter.shared_stages import placed_checkpoint, weights_and_graph
+from gptoss_export.exporter.stopwatch import RunSeconds, Stopwatch, rounded
 from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.trust.origin_of import origin_of
-from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors, place_weights
+from gptoss_export.exporter.trust.policy import Doubt
+from gptoss_export.exporter.trust.policy import require_pass as require_one
+from gptoss_export.exporter.weights import FileRecord, WeightsMode, disk_errors
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,14 +66,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One artifact and what is known about it; report is None when parity was off. seconds: since the
-    start.
+    """One artifact and what is known about it; report is None when parity was off.
+
+    seconds: that this target alone took, to be built and measured; where an earlier run, which was cut off, did so, as
+    it noted them. run: of the run that all its results have in common. report_folder: where the report is, None for the
+    artifact itself, whose manifest then has its verdict.
     """
 
     folder: Path
     manifest: Manifest
     report: ParityReport | None
     seconds: float
+    run: RunSeconds
+    report_folder: Path | None = None
+
+    @property
+    def parity(self) -> ParityRecord:
+        """The verdict that was taken, wherever its report is."""
+        if self.report is None or self.report_folder is None:
+            return self.manifest.parity
+        return parity_record(self.report)
 
     @property
     def summary(self) -> str:
@@ -91,9 +99,6 @@ class ExportResult:
             engine = f"engine NOT EXECUTED ({self.report.engine.not_executed_reason})"
             return f"{self.manifest.target}: graph passes ({self.report.effort}{loosened}), {engine}, {self.folder}"
         return f"{self.manifest.target}: FAIL, {first_failure(self.report)}{loosened} ({self.folder})"
-
-
-_SIDE_FILES = "side files"
 
 
 def _built(target: str) -> str:
@@ -112,40 +117,43 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Exp
     """
     progress = progress or SilentProgress()
     now()  # a SOURCE_DATE_EPOCH that is no time is refused before any work
-    started = time.monotonic()
+    watch = Stopwatch()
     plan = make_plan(request)
     progress.note(f"checkpoint: {plan.steps[0].removeprefix('read ')}")
     for problem in plan.preflight.problems:
         progress.note(f"preflight, ignored: {problem.what}")
     stage = journaled_in_place if request.weights is WeightsMode.IN_PLACE else journaled
-    drafts: dict[str, tuple[Manifest, ParityReport | None]] = {}
+    drafts: dict[str, tuple[Manifest, ParityReport | None, float]] = {}
     with stage(
         request.output, export_key(plan), force=request.force, protect=plan.protected, progress=progress
     ) as journal:
         folders = {name: journal.root / folder.relative_to(request.output) for name, folder in plan.folders.items()}
-        graph, records = _weights_and_graph(plan, folders, journal, progress)
-        placed = _placed_checkpoint(plan, next(iter(folders.values())))
+        builds = any(journal.result(_built(name)) is None for name in folders)
+        graph, records = weights_and_graph(plan, folders, builds, journal, watch, progress)
+        placed = placed_checkpoint(plan, next(iter(folders.values())))
         infos = {name: _build(name, graph, placed, folder, plan, journal, progress) for name, folder in folders.items()}
         del graph
         yardstick = None
         unmeasured = [name for name in folders if journal.result(_measured(name)) is None]
         if request.parity != "off" and unmeasured:
             hashes = {name: record.sha256 for name, record in records.items()}
-            yardstick = make_yardstick(placed, hashes, request.parity, list(folders), request.measure, progress)
+            with watch.stage("reference"):
+                yardstick = make_yardstick(placed, hashes, request.parity, list(folders), request.measure, progress)
         for name, folder in folders.items():
             if name not in unmeasured:
-                drafts[name] = _finished(folder)
+                drafts[name] = (*_finished(folder), _took(name, journal))
                 continue
+            started = time.monotonic()
             draft = _draft(name, infos[name], plan, folder, records, journal)
             report = measure(folder, draft, placed, yardstick, request.measure, request.threads, progress)
             if report is not None:
                 draft = record(report, draft, folder)
             draft = attest(draft, report, folder)
             write_manifest(draft, folder)
-            journal.finish(_measured(name), journal.hash_new(folder))
-            drafts[name] = (draft, report)
-    seconds = time.monotonic() - started
-    return [ExportResult(plan.folders[name], *draft, seconds) for name, draft in drafts.items()]
+            journal.finish(_measured(name), journal.hash_new(folder), {"seconds": time.monotonic() - started})
+            drafts[name] = (draft, report, _took(name, journal))
+    run = watch.read()
+    return [ExportResult(plan.folders[name], *draft, run) for name, draft in drafts.items()]
 
 
 def validate_artifact(
@@ -153,22 +161,31 @@ def validate_artifact(
     effort: Effort,
     *,
     options: MeasureOptions | None = None,
+    output: Path | None = None,
+    drop_signature: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Checks the hashes of a delivered artifact, measures its parity anew and records both.
 
-    The records of before are not checked, only replaced, so a validation that was cut off can be repeated.
+    The records of before are not checked, only replaced, so a validation that was cut off can be repeated. output: a
+    folder that gets the report instead; then nothing in the artifact changes, which may be read-only. drop_signature:
+    whether a signature may be removed, since it is of the verdict of before.
+
+    Raises, before any work, SignedError or AccessError for an artifact that must not or cannot be changed, and
+    OutputExistsError or AccessError for an output that cannot be written.
     """
     from gptoss_export.exporter.checkpoint.open import check_scales, open_checkpoint
 
     progress, options = progress or SilentProgress(), options or MeasureOptions()
     now()
-    started = time.monotonic()
+    watch = Stopwatch()
     with in_use(folder):
         manifest = read_manifest(folder)
+        check_place(folder, output, drop_signature=drop_signature)
         find_target(manifest).check_available()
-        verify_files(folder, manifest, progress, skip=RECORD_NAMES)
+        with watch.stage("hashes"):
+            verify_files(folder, manifest, progress, skip=RECORD_NAMES if output is None else ())
         checkpoint = open_checkpoint(folder / manifest.weights_dir)
         if checkpoint.config != manifest.model:
             raise IntegrityError(
@@ -177,12 +194,20 @@ def validate_artifact(
             )
         check_scales(checkpoint)
         hashes = {name: record.sha256 for name, record in manifest.checkpoint.items()}
-        yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
+        with watch.stage("reference"):
+            yardstick = make_yardstick(checkpoint, hashes, effort, [manifest.target], options, progress)
+        started = time.monotonic()
         report = measure(folder, manifest, checkpoint, yardstick, options, threads, progress)
         assert report is not None
-        manifest = attest(record(report, manifest, folder), report, folder)
-        write_manifest(manifest, folder)
-        return ExportResult(folder, manifest, report, time.monotonic() - started)
+        if output is None:
+            check_place(folder, None, drop_signature=drop_signature)  # other tools sign without asking for the lock
+            if drop_signature:
+                remove_signature(folder)
+            manifest = attest(record(report, manifest, folder), report, folder)
+            write_manifest(manifest, folder)
+        else:
+            write_elsewhere(report, output, folder)
+        return ExportResult(folder, manifest, report, rounded(time.monotonic() - started), watch.read(), output)
 
 
 def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, Runner]:
@@ -194,26 +219,12 @@ def open_artifact(folder: Path, threads: int | None = None) -> tuple[Manifest, R
 
 
 def require_pass(results: Sequence[ExportResult], *, allow_unexecuted: bool = False) -> None:
-    """Raises ParityFailedError naming the first gate that was not kept, NotValidatedError when none was
-    asked, NotExecutedError for an engine that was never run, unless that is allowed.
-    """
-    for result in results:
-        if result.manifest.parity.verdict == "not validated":
-            raise NotValidatedError(
-                f"{result.folder} was never validated", f"run `gptoss-export validate {result.folder}`"
-            )
-        if result.report is not None and not result.report.verdict.passed:
-            raise ParityFailedError(
-                f"{result.manifest.target} is not the model: {first_failure(result.report)}",
-                f"do not ship it; read {result.folder / REPORT_NAMES[1]} and attach it to a bug report",
-            )
-    for result in results:
-        if result.manifest.parity.verdict == "not executed" and not allow_unexecuted:
-            raise NotExecutedError(
-                f"{result.manifest.target} was built and not executed here; its graph keeps the gates",
-                f"run `gptoss-export validate {result.folder}` on a host with an NVIDIA GPU, or accept it as it is "
-                "with --allow-unexecuted",
-            )
+    """Raises what the policy raises. Loosened gates are accepted: it was the command at hand that loosened them."""
+    later: tuple[Doubt, ...] = ("not executed", "loosened")
+    for accepted in (later, later if allow_unexecuted else ("loosened",)):
+        for result in results:
+            judged = result.folder, result.manifest.target, result.parity, result.report
+            require_one(*judged, accepted=accepted, offered=later[:1], report_folder=result.report_folder)
 
 
 def find_target(manifest: Manifest) -> Target:
@@ -226,67 +237,6 @@ def find_target(manifest: Manifest) -> Target:
             f"use the version that made it ({manifest.versions.get('gptoss-export', 'unknown')})",
         )
     return TARGETS[manifest.target]
-
-
-def _weights_and_graph(
-    plan: Plan, folders: Mapping[str, Path], journal: Journal, progress: Progress
-) -> tuple[ir.Model | None, dict[str, FileRecord]]:
-    """Places the weights in a thread, which the disk slows down, while this one makes the graph that builds need."""
-    from gptoss_export.exporter.checkpoint.open import check_scales
-    from gptoss_export.exporter.graph.build import build_graph
-
-    checkpoint, cancel, graph = plan.checkpoint, threading.Event(), None
-    destinations = [folder / plan.weights_dir for folder in folders.values()]
-    below = [folder.relative_to(journal.root) for folder in destinations]
-
-    def finish(name: str, record: FileRecord) -> None:
-        journal.finish(f"weights {name}", {(folder / name).as_posix(): record for folder in below})
-
-    known = journal.files
-    records = {name: known[file] for name in plan.checkpoint_files if (file := (below[0] / name).as_posix()) in known}
-    missing = {name: path for name, path in plan.checkpoint_files.items() if name not in records}
-    with ThreadPoolExecutor(1, "weights") as pool:
-        weights = pool.submit(place_weights, missing, destinations, plan.request.weights, progress, cancel, finish)
-        try:
-            if any(journal.result(_built(name)) is None for name in folders):
-                with progress.task("check scales"):
-                    check_scales(checkpoint)
-                _fail_early(weights)
-                with progress.task("graph"):
-                    graph = build_graph(checkpoint.config, checkpoint.layout)
-            records |= weights.result()
-        except BaseException:
-            cancel.set()
-            raise
-    if plan.weights_dir != "." and journal.result(_SIDE_FILES) is None:
-        side = place_weights(
-            {path.name: path for path in checkpoint.side_files}, list(folders.values()), WeightsMode.COPY
-        )
-        roots = [folder.relative_to(journal.root) for folder in folders.values()]
-        journal.finish(_SIDE_FILES, {(root / name).as_posix(): side[name] for root in roots for name in side})
-    return graph, {name: records[name] for name in plan.checkpoint_files}
-
-
-def _fail_early(future: Future[dict[str, FileRecord]]) -> None:
-    if future.done():
-        future.result()
-
-
-def _placed_checkpoint(plan: Plan, folder: Path) -> Checkpoint:
-    """The checkpoint as it lies in the artifact: what is built, compared and shipped are the same bytes."""
-    from gptoss_export.exporter.checkpoint.open import open_checkpoint
-
-    placed = open_checkpoint(folder / plan.weights_dir)
-    source = plan.checkpoint
-    if (placed.config, placed.layout) != (
-        source.config,
-        source.layout,
-    ) or placed.tensors.keys() != source.tensors.keys():
-        raise IntegrityError(
-            f"{source.root} changed while it was exported",
-            "wait until the download or copy has ended, then run again",
-        )
-    return placed
 
 
 def _build(
@@ -306,14 +256,22 @@ def _build(
         assert isinstance(notes, list | tuple)
         return BuildInfo(str(known["engine"]), str(known["provider"]), tuple(map(str, notes)))
     assert graph is not None
+    started = time.monotonic()
     with progress.task(f"build {name}"), disk_errors(f"the model of {name}"):
         weights_dir = "" if plan.weights_dir == "." else plan.weights_dir
         settings = BuildSettings(plan.request.engine, progress)
         info = TARGETS[name].build(graph, checkpoint, folder, weights_dir, settings)
         if plan.request.bundle_kernels:
             info = replace(info, notes=(*info.notes, TARGETS[name].bundle_kernels(folder)))
-        journal.finish(_built(name), journal.hash_new(folder), asdict(info))
+        files = journal.hash_new(folder)
+        journal.finish(_built(name), files, asdict(info) | {"seconds": time.monotonic() - started})
         return info
+
+
+def _took(name: str, journal: Journal) -> float:
+    """Seconds that a target's own stages took, in whichever run."""
+    noted = [(journal.result(stage) or {}).get("seconds") for stage in (_built(name), _measured(name))]
+    return rounded(sum(seconds for seconds in noted if isinstance(seconds, int | float)))
 
 
 def _finished(folder: Path) -> tuple[Manifest, ParityReport | None]:
@@ -328,7 +286,7 @@ def _draft(
     name: str, info: BuildInfo, plan: Plan, folder: Path, placed: Mapping[str, FileRecord], journal: Journal
 ) -> Manifest:
     return Manifest(
-        versions=library_versions(),
+        versions=library_versions([name], plan.request.engine),
         target=name,
         engine=info.engine,
         provider=info.provider,

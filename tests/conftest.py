@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -36,6 +37,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTOSS_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def read_document() -> Callable[[str, str], dict[str, Any]]:
+    """Reads what a command printed on stdout: one document, as its schema has it, which is named first."""
+    docs = Path(__file__).parents[1] / "docs"
+
+    def read(name: str, stdout: str) -> dict[str, Any]:
+        path = docs / "bench.schema.json" if name == "bench" else docs / "schemas" / f"{name}.schema.json"
+        schema = json.loads(path.read_text())
+        jsonschema.Draft202012Validator.check_schema(schema)
+        found = json.loads(stdout)
+        jsonschema.Draft202012Validator(schema).validate(found)
+        assert isinstance(found, dict) and "outcome" not in stdout
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")

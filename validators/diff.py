@@ -1,74 +1,127 @@
-"""Release against release: what got worse between two reports of the same checkpoint and probes.
+"""Release against release: what changed between two reports of the same checkpoint and probes, and whether it is worse.
 
     comparison = compare(old, new)
-    comparison.regressed
+    comparison.verdict              # "better", "worse" or "the same"
 
-Worse is a figure that is beyond noise and more than `tolerance` times as bad as before; and, whatever the figures are,
-a gate that is not kept any more, a verdict that is lower, something that is not measured any more, a looser gate.
+Worse is a figure that `significance.grew`; and, whatever the figures are, a gate that is not kept any more, a verdict
+that is lower, something that is not measured any more, a looser gate. Everything has its opposite, which is better, so
+what is worse between two reports is better between them the other way round.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from gptoss_export.exporter.errors import NotComparableError
-from gptoss_export.validators.figures import Figure, Key, figures_of
+from gptoss_export.validators.figures import Figure, Key, Rule, figures_of
 from gptoss_export.validators.gates import loosened
-from gptoss_export.validators.report.schema import ParityReport
-from gptoss_export.validators.report.text import failure_text, number, plural
-
-TOLERANCE = 1.5
-"""Times. Figures of one machine and version repeat to the bit; another thread count moves a maximum by some tenths."""
+from gptoss_export.validators.report.schema import Outcome, ParityReport
+from gptoss_export.validators.report.text import number, plural
+from gptoss_export.validators.significance import TOLERANCE, chance, grew, times
+from gptoss_export.validators.verdict import Failure
 
 ChangeKind = Literal["regression", "improvement", "same", "lost", "new"]
+ComparisonVerdict = Literal["better", "worse", "the same"]
 _RANK = {"pass": 0, "not executed": 1, "fail": 2}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure before and after. ratio: how many times as bad, None where it was not bad at all or is not there.
+    """One figure before and after.
 
+    old, new: values, of a count its events, and old_of, new_of what they are out of; None where it was not measured.
+    gate: what it is held to, None for a figure that no gate is about; old_share, new_share: of its limit that it uses
+    up, None beyond a limit of 0. p: of a count or a figure with a standard error, the chance of at least such a
+    difference where none is. times: how many times as bad; None where either side is noise.
     lost: it was measured and is not any more, or could be and cannot; new: the other way round.
     """
 
     where: str
     name: str
+    kind: ChangeKind
+    rule: Rule
+    gate: str | None
     old: float | None
     new: float | None
-    ratio: float | None
-    kind: ChangeKind
+    old_of: int | None
+    new_of: int | None
+    old_share: float | None
+    new_share: float | None
+    p: float | None
+    times: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: of every figure. regressions, improvements: what is no figure, in words."""
+    """old_*, new_*: of the reports. changes: of every figure. not_kept: gates that were kept and are not; kept_again:
+    the other way round; failing: all that the new report does not keep. regressions, improvements: what is neither
+    figure nor gate, in words. tolerance: times, see `significance`."""
 
+    old_target: str
+    new_target: str
+    old_verdict: Outcome
+    new_verdict: Outcome
     changes: tuple[Change, ...]
+    not_kept: tuple[Failure, ...]
+    kept_again: tuple[Failure, ...]
+    failing: tuple[Failure, ...]
     regressions: tuple[str, ...]
     improvements: tuple[str, ...]
+    tolerance: float
 
     def of_kind(self, *kinds: ChangeKind) -> list[Change]:
         return [change for change in self.changes if change.kind in kinds]
 
     @property
+    def other_target(self) -> bool:
+        """Whether the reports are of two targets. Those are measured in types and lengths of their own, so a figure
+        that only one has is no regression: what every target has to be measured in is a gate."""
+        return self.old_target != self.new_target
+
+    @property
     def regressed(self) -> bool:
-        return bool(self.regressions or self.of_kind("regression", "lost"))
+        lost = not self.other_target and self.of_kind("lost")
+        return bool(self.regressions or self.not_kept or lost or self.of_kind("regression"))
+
+    @property
+    def improved(self) -> bool:
+        """Whether anything is better, worse as other things may be."""
+        new = not self.other_target and self.of_kind("new")
+        return bool(self.improvements or self.kept_again or new or self.of_kind("improvement"))
+
+    @property
+    def verdict(self) -> ComparisonVerdict:
+        return "worse" if self.regressed else "better" if self.improved else "the same"
+
+    @property
+    def nearest(self) -> Change | None:
+        """The figure that uses up most of the limit that it is held to, in the new report."""
+        held = [change for change in self.changes if change.new_share is not None]
+        return max(held, key=lambda change: change.new_share or 0.0, default=None)
 
 
 def compare(
     old: ParityReport, new: ParityReport, *, tolerance: float = TOLERANCE, allow_other_target: bool = False
 ) -> Comparison:
-    """Raises NotComparableError, naming what differs, for reports that are not about the same measurement."""
+    """Each report by its own gates. Raises NotComparableError, naming what differs, for reports that are not about the
+    same measurement."""
     _require_comparable(old, new, allow_other_target)
     before, after = figures_of(old), figures_of(new)
-    # Every target has limits of its own: another target's are no looser ones.
-    looser = _looser(old, new, tolerance) if old.target == new.target else ()
     return Comparison(
+        old_target=old.target,
+        new_target=new.target,
+        old_verdict=old.outcome,
+        new_verdict=new.outcome,
         changes=tuple(_change(key, before, after, tolerance) for key in {**before, **after}),
-        regressions=(*_worse(old, new), *looser),
-        improvements=tuple(_better(old, new)),
+        not_kept=_first_not_kept(old, new),
+        kept_again=_first_not_kept(new, old),
+        failing=new.verdict.failures,
+        regressions=tuple(_worse(old, new, tolerance)),
+        improvements=tuple(_worse(new, old, tolerance, backwards=True)),
+        tolerance=tolerance,
     )
 
 
@@ -97,46 +150,66 @@ def _require_comparable(old: ParityReport, new: ParityReport, allow_other_target
 
 def _change(key: Key, before: Mapping[Key, Figure], after: Mapping[Key, Figure], tolerance: float) -> Change:
     old, new = before.get(key), after.get(key)
-    was, now = (None if figure is None else figure.badness for figure in (old, new))
-    values = (old.value if old is not None else None, new.value if new is not None else None)
-    ratio = now / was if was and now is not None else None
-    return Change(*key, *values, ratio, _kind(was, now, max(f.noise for f in (old, new) if f is not None), tolerance))
+    was, now = old or new, new or old
+    assert was is not None and now is not None
+    both = old is not None and new is not None and old.badness is not None and new.badness is not None
+    kind: ChangeKind = "same"
+    if both and grew(was, now, tolerance):
+        kind = "regression"
+    elif both and grew(now, was, tolerance):
+        kind = "improvement"
+    elif old is not None and old.badness is not None and not both:
+        kind = "lost"
+    elif new is not None and new.badness is not None and not both:
+        kind = "new"
+    return Change(
+        where=key[0],
+        name=key[1],
+        kind=kind,
+        rule=now.rule,
+        gate=now.gate if now.held or was.held else None,
+        old=None if old is None else old.value,
+        new=None if new is None else new.value,
+        old_of=None if old is None else old.of,
+        new_of=None if new is None else new.of,
+        old_share=_held_share(old),
+        new_share=_held_share(new),
+        p=min(chance(was, now), chance(now, was)) if both and now.rule in ("count", "standard error") else None,
+        times=times(was, now) if both else None,
+    )
 
 
-def _kind(was: float | None, now: float | None, noise: float, tolerance: float) -> ChangeKind:
-    if was is None or now is None:
-        return "same" if was == now else "lost" if now is None else "new"
-    if now > noise and now > tolerance * was:
-        return "regression"
-    return "improvement" if was > noise and was > tolerance * now else "same"
+def _held_share(figure: Figure | None) -> float | None:
+    share = figure.share if figure is not None and figure.held else None
+    return share if share is not None and math.isfinite(share) else None
 
 
-def _worse(old: ParityReport, new: ParityReport) -> Iterator[str]:
-    if _RANK[new.outcome] > _RANK[old.outcome]:
-        yield f"the verdict was {old.outcome}, and is {new.outcome}"
-    if old.engine.execution == "executed" and new.engine.execution != "executed":
-        yield "the engine was executed before, and only its graph was now"
+def _first_not_kept(old: ParityReport, new: ParityReport) -> tuple[Failure, ...]:
     known = {(failure.where, failure.gate) for failure in old.verdict.failures}
-    for failure in new.verdict.failures:
-        if (failure.where, failure.gate) not in known:
-            yield f"a gate that was kept is not any more: {failure_text(failure)}"
+    return tuple(f for f in new.verdict.failures if (f.where, f.gate) not in known)
+
+
+def _worse(old: ParityReport, new: ParityReport, tolerance: float, backwards: bool = False) -> Iterator[str]:
+    """What is worse in `new` and is neither a figure nor a gate. Backwards it is told as an improvement, with `new` as
+    what was before."""
+
+    def told(what: str, before: object, after: object) -> str:
+        return f"{what} {after}, now {before}" if backwards else f"{what} {before}, now {after}"
+
+    if _RANK[new.outcome] > _RANK[old.outcome]:
+        yield told("the verdict was", old.outcome, new.outcome)
+    if old.engine.execution == "executed" and new.engine.execution != "executed":
+        yield told("what was run was", "the engine", "its graph alone")
     positions = {scenario.name: scenario.metrics.positions for scenario in new.evidence.scenarios}
     for scenario in old.evidence.scenarios:
         found = positions.get(scenario.name, 0)
         if found < scenario.metrics.positions:
-            yield f"{scenario.name!a:.80} is over {found} positions, and was over {scenario.metrics.positions}"
+            yield told(f"positions of {scenario.name!a:.60} were", scenario.metrics.positions, found)
     before, after = _untested(old), _untested(new)
     if before is not None and (after is None or after > before):
-        yield f"{'all' if after is None else after} experts x layers are untested, and {before} were"
-
-
-def _better(old: ParityReport, new: ParityReport) -> Iterator[str]:
-    if _RANK[new.outcome] < _RANK[old.outcome]:
-        yield f"the verdict was {old.outcome}, and is {new.outcome}"
-    still = {(failure.where, failure.gate) for failure in new.verdict.failures}
-    for failure in old.verdict.failures:
-        if (failure.where, failure.gate) not in still:
-            yield f"a gate is kept again: {failure.gate} in {failure.where!a:.80}"
+        yield told("untested experts x layers were", before, "all" if after is None else after)
+    for name in _looser(old, new, tolerance):
+        yield told(f"the limit of {name} was", number(getattr(old.gates, name)), number(getattr(new.gates, name)))
 
 
 def _untested(report: ParityReport) -> int | None:
@@ -144,10 +217,14 @@ def _untested(report: ParityReport) -> int | None:
 
 
 def _looser(old: ParityReport, new: ParityReport, tolerance: float) -> Iterator[str]:
-    """Limits that follow from a noise floor were measured as well, and may move as much as a figure."""
+    """Gates that let more pass in `new`. Limits that follow from a noise floor were measured as well, and may move as
+    much as a figure; every target has limits of its own, so that of another one counts what was loosened by hand."""
+    if old.target != new.target:
+        yield from (name for name in new.loosened if name not in old.loosened)
+        return
     for name in loosened(old.gates, new.gates):
         before, after = getattr(old.gates, name), getattr(new.gates, name)
         measured = name not in new.overrides and after != getattr(new.policy.absolute, name)
         slack = (1 - before, 1 - after) if name.startswith("min_") else (before, after)
         if not measured or slack[1] > tolerance * slack[0]:
-            yield f"the gate {name} was loosened: {number(after)}, and was {number(before)}"
+            yield name

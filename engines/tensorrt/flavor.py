@@ -80,6 +80,11 @@ class Flavor:
         return f"{name} {self.version}" if self.version else name
 
     @property
+    def module(self) -> str:
+        """What is imported: `tensorrt` or `tensorrt_rtx`, by which engines name what runs them."""
+        return _PACKAGES[self.name].module
+
+    @property
     def needs_gpu(self) -> bool:
         """Whether it can only build where there is a GPU, for this GPU."""
         return self.name == "tensorrt"
@@ -112,6 +117,12 @@ class Flavor:
                 before = environment.get("LD_LIBRARY_PATH")
                 environment["LD_LIBRARY_PATH"] = f"{folder}:{before}" if before else folder
             yield environment
+
+
+def distributions_of(engine: str) -> tuple[str, ...]:
+    """What runs artifacts of an engine, by its names on PyPI; of a package that has several, all are there."""
+    names = next((package.distributions for package in _PACKAGES.values() if package.module == engine), ())
+    return (*names, "cuda-bindings") if names else (engine,)
 
 
 def find_flavor(choice: FlavorChoice = "auto") -> Flavor:

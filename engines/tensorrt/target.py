@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gptoss_export.engines.build_info import BuildInfo, BuildSettings, Execution
 from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.tensorrt.cache import slots_for
-from gptoss_export.engines.tensorrt.flavor import find_flavor, gpu_problem
+from gptoss_export.engines.tensorrt.flavor import distributions_of, find_flavor, gpu_problem
 from gptoss_export.engines.tensorrt.metadata import (
     ENGINE_NAME,
     EngineInput,
@@ -51,6 +51,12 @@ def check(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings)
             "the experts' kernels are compiled by triton, which this Python has not",
             "pip install 'gptoss-export[trt-rtx]', or use --trt-experts function",
         )
+
+
+def packages(settings: BuildSettings) -> tuple[str, ...]:
+    """The distributions that build and run an engine with these settings, beside those of every target."""
+    engine = find_flavor(settings.engine.flavor).module
+    return (*distributions_of(engine), *(("triton",) if settings.engine.plugin else ()))
 
 
 def ram_bytes(precision: Precision, checkpoint: Checkpoint, settings: BuildSettings) -> int:

@@ -23,10 +23,11 @@ class AllowedPlaces:
     def of(cls, folder: Path) -> AllowedPlaces:
         """Those of the checkpoint in `folder`.
 
-        The Hub cache has `models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`, and nothing else in blobs.
+        The Hub cache has `models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`, and nothing else in blobs;
+        FILE may be in the snapshot's original/, which is a checkpoint as well.
         """
         root = _real(folder)
-        snapshots = root.parent
+        snapshots = (root.parent if root.name == "original" else root).parent
         return cls((root, snapshots.parent / "blobs") if snapshots.name == "snapshots" else (root,))
 
     def check(self, path: Path) -> None:

@@ -12,10 +12,10 @@ import click
 
 from gptoss_export.exporter.commands.artifact import ARTIFACT
 from gptoss_export.exporter.commands.settings import (
+    SCHEMA_VERSION,
     Settings,
     common_options,
     json_option,
-    print_json,
     threads_option,
 )
 from gptoss_export.exporter.progress import format_bytes
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from gptoss_export.engines.machine import Machine, Memory
     from gptoss_export.engines.token_bytes import TokenBytes
     from gptoss_export.exporter.artifact import Manifest
-
-SCHEMA_VERSION = "1"
 
 # A target that is none of these gets no figures that rest on the bytes of its weights.
 _STORED_TARGETS = ("onnx", "ort-cpu")
@@ -108,7 +106,6 @@ def bench(
     decode_tokens: int,
     repetitions: int,
     threads: int | None,
-    as_json: bool,
 ) -> None:
     """Measure the speed of the artifact in OUT.
 
@@ -124,6 +121,7 @@ def bench(
     from gptoss_export.engines.machine import HostMeter, describe_machine
     from gptoss_export.exporter.artifact import read_manifest
     from gptoss_export.exporter.clock import now
+    from gptoss_export.exporter.commands.show import warn_unless_clean
     from gptoss_export.exporter.pipeline import find_target
 
     manifest = read_manifest(folder)
@@ -131,6 +129,7 @@ def bench(
     plan.check(manifest.model.max_positions)
     target = find_target(manifest)
     target.check_available()
+    warn_unless_clean(folder, manifest)
     meter = HostMeter(threads)
     with settings.working() as progress:
         result = run_bench(lambda: target.open_runner(folder, threads), plan, meter, progress.note)
@@ -145,8 +144,8 @@ def bench(
         result=result,
         created_at=now(),
     )
-    if as_json:
-        print_json(report_as_json(report))
+    if settings.as_json:
+        settings.document = report_as_json(report)
     else:
         echo_report(report)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from yaml.nodes import MappingNode, Node
 
 MAX_CONFIG_FILE_BYTES = 64 << 10
+_NOT_OF_A_FILE = ("config", "version")
 _DEEPEST = 8  # three are of use, and the scanner's time grows with the square of the depth
 
 
@@ -86,7 +87,7 @@ def _options(node: MappingNode, command: click.Command) -> dict[str, object]:
     known = {
         max(param.opts, key=len).removeprefix("--"): param
         for param in command.params
-        if isinstance(param, click.Option) and not param.is_eager
+        if isinstance(param, click.Option) and param.name not in _NOT_OF_A_FILE
     }
     subcommands = command.commands if isinstance(command, click.Group) else {}
     defaults: dict[str, object] = {}

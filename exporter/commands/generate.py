@@ -46,7 +46,7 @@ def generate(
     """Go on from a prompt with the artifact in OUT.
 
     Prints text, or token ids where the artifact has no tokenizer. Stops at the end-of-sequence ids that the
-    checkpoint's generation config names.
+    checkpoint's generation config names. Warns on stderr when the artifact's verdict is no clean pass.
 
     \b
     Examples:
@@ -54,12 +54,14 @@ def generate(
       gptoss-export generate ./release --token-ids 200006,1428 --temperature 0.8 --top-p 0.95 --seed 7
     """
     from gptoss_export.engines.generate import generate as generate_tokens
+    from gptoss_export.exporter.commands.show import warn_unless_clean
     from gptoss_export.exporter.pipeline import open_artifact
 
     if (prompt is None) == (token_ids is None):
         raise click.UsageError("give either --prompt or --token-ids")
     with settings.working() as progress, progress.task("load"):
         manifest, runner = open_artifact(folder, threads)
+    warn_unless_clean(folder, manifest)
     tokenizer = load_tokenizer(folder)
     ids = _parse_ids(token_ids) if token_ids is not None else encode(tokenizer, folder, prompt or "")
     if len(ids) + max_new_tokens > manifest.model.max_positions:

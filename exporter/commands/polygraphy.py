@@ -3,7 +3,6 @@ ours."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +10,7 @@ import click
 
 from gptoss_export.exporter.commands.artifact import ARTIFACT
 from gptoss_export.exporter.commands.report import echo_table, open_report
-from gptoss_export.exporter.commands.settings import Settings, common_options, json_option, print_json
+from gptoss_export.exporter.commands.settings import Settings, common_options, json_option
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.progress import Progress
@@ -43,6 +42,7 @@ def polygraphy() -> None:
     "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to make; must not exist."
 )
 @_EFFORT
+@json_option
 @common_options
 @click.pass_obj
 def export_files(settings: Settings, folder: Path, output: Path, effort: Effort) -> None:
@@ -55,6 +55,7 @@ def export_files(settings: Settings, folder: Path, output: Path, effort: Effort)
           --load-inputs ./exchange/inputs --load-outputs ./exchange/reference --atol 1e-4 --rtol 0
     """
     from gptoss_export.exporter.artifact import read_manifest
+    from gptoss_export.exporter.commands.documents import Exchanged, document
     from gptoss_export.exporter.errors import TargetUnavailableError
     from gptoss_export.exporter.output.staging import staging
     from gptoss_export.validators.polygraphy_exchange import write_accuracy, write_inputs, write_reference
@@ -72,11 +73,15 @@ def export_files(settings: Settings, folder: Path, output: Path, effort: Effort)
         write_reference(reference, made / "reference")
         if report is not None:
             write_accuracy(report, made / "accuracy.json")
-    click.echo(f"{output}: inputs and reference of {len(reference.probes)} probes")
-    click.echo(
-        f"next: polygraphy run {folder / 'model.onnx'} --onnxrt --onnx-outputs logits "
+    following = (
+        f"polygraphy run {folder / 'model.onnx'} --onnxrt --onnx-outputs logits "
         f"--load-inputs {output / 'inputs'} --load-outputs {output / 'reference'}"
     )
+    if settings.as_json:
+        settings.document = document(Exchanged(output, len(reference.probes), following))
+        return
+    click.echo(f"{output}: inputs and reference of {len(reference.probes)} probes")
+    click.echo(f"next: {following}")
 
 
 @polygraphy.command("import")
@@ -86,12 +91,13 @@ def export_files(settings: Settings, folder: Path, output: Path, effort: Effort)
 @json_option
 @common_options
 @click.pass_obj
-def import_results(settings: Settings, folder: Path, results: Path, effort: Effort, as_json: bool) -> None:
+def import_results(settings: Settings, folder: Path, results: Path, effort: Effort) -> None:
     """Hold the logits in RESULTS to the gates of the artifact in OUT.
 
     RESULTS is what `polygraphy run --save-outputs` wrote, a file or a folder, with the inputs of `polygraphy export`.
     Exits 50 when a gate is not kept. Nothing is written.
     """
+    from gptoss_export.exporter.commands.documents import imported
     from gptoss_export.exporter.errors import ParityFailedError
     from gptoss_export.validators.polygraphy_exchange import measure_results
     from gptoss_export.validators.polygraphy_json import read_logits
@@ -102,9 +108,8 @@ def import_results(settings: Settings, folder: Path, results: Path, effort: Effo
         metrics = measure_results(read_logits(results), _reference(folder, effort, progress))
     found = {f"polygraphy: {one_line(runner, 80)}": m for runner, m in metrics.items()}
     judged = [case for name, m in found.items() for case in _cases(name, m, report)]
-    if as_json:
-        content = {name: asdict(m) | {"top1_agreement": m.top1_agreement} for name, m in found.items()}
-        print_json({"scenarios": content, "gates": [asdict(case) for case in judged]})
+    if settings.as_json:
+        settings.document = imported(found, judged)
     else:
         rows = [(c.where, c.gate, number(c.measured), number(c.limit), "yes" if c.kept else "NO") for c in judged]
         echo_table([("where", "gate", "measured", "limit", "kept"), *rows])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gptoss_export.exporter.commands.settings import Settings, common_options
+from gptoss_export.exporter.commands.settings import Settings, common_options, json_option
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -41,6 +41,7 @@ def _size_options(command: _F) -> _F:
     "--layout", type=click.Choice(list(_LAYOUTS)), default="mxfp4", show_default=True, help="As which release."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes.")
+@json_option
 @common_options
 @click.pass_obj
 def synth(settings: Settings, /, out: Path, preset: str, layout: str, seed: int, **sizes: int | None) -> None:
@@ -69,4 +70,9 @@ def synth(settings: Settings, /, out: Path, preset: str, layout: str, seed: int,
 
         synthesize(out, shape, layout=Layout[_LAYOUTS[layout]], seed=seed, progress=advance)
     nbytes = sum(path.stat().st_size for path in out.iterdir())
+    if settings.as_json:
+        from gptoss_export.exporter.commands.documents import Synthesized, document
+
+        settings.document = document(Synthesized(out, Layout[_LAYOUTS[layout]], nbytes))
+        return
     click.echo(f"{out}: {format_bytes(nbytes)}")

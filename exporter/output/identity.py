@@ -11,28 +11,16 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptoss_export.engines.tensorrt.options import EngineOptions
     from gptoss_export.exporter.planning.plan import Plan
 
-LIBRARIES = (
-    "gptoss-export",
-    "onnx",
-    "onnx-ir",
-    "onnxruntime",
-    "onnxscript",
-    "onnxsim",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-    "torch",
-    "transformers",
-    "triton",
-)
 _ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "GPTOSS_EXPORT_ISA",
@@ -43,9 +31,14 @@ _ENVIRONMENT = (
 """Variables that change how numbers are rounded, or what is written."""
 
 
-def library_versions() -> dict[str, str]:
-    """The installed ones of LIBRARIES and their versions."""
-    return {name: found for name in LIBRARIES if (found := _version(name)) is not None}
+def library_versions(targets: Iterable[str], engine: EngineOptions) -> dict[str, str]:
+    """The versions of what makes and measures artifacts of these targets, by name; nothing else that is installed."""
+    from gptoss_export.engines.build_info import BuildSettings
+    from gptoss_export.engines.targets import TARGETS
+
+    settings = BuildSettings(engine)
+    names = {name for target in targets for name in TARGETS[target].packages(settings)}
+    return {name: found for name in sorted(names) if (found := _version(name)) is not None}
 
 
 def export_key(plan: Plan) -> str:
@@ -67,7 +60,8 @@ def export_key(plan: Plan) -> str:
         "threads": request.threads,
         "bundle_kernels": request.bundle_kernels,
         "code": _own_code(),
-        "libraries": library_versions(),
+        "called": asdict(request.called),
+        "libraries": library_versions(request.targets, request.engine),
         "python": platform.python_version(),
         "machine": [platform.machine(), machine.platform, machine.cpu, machine.usable_cores],
         "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},

@@ -56,8 +56,15 @@ def lock_folder(folder: Path, busy: str) -> Iterator[None]:
 
 def check_unlocked(path: Path, busy: str) -> None:
     """Raises LockedError when another process holds the lock of a file; a file that is not there is not locked."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_RDWR | flags)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                return
+            # Whoever sees the same folder by another mount may write it.
+            fd = os.open(path, os.O_RDONLY | flags)
     except OSError:
         return
     try:

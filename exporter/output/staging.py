@@ -44,7 +44,7 @@ from gptoss_export.exporter.output.journal import (
     refuse_stranger,
 )
 from gptoss_export.exporter.output.lock import check_unlocked, lock_file, lock_folder
-from gptoss_export.exporter.output.swap import make_parents, move_up, put_back, swap
+from gptoss_export.exporter.output.swap import is_vacant, make_parents, move_up, put_back, swap
 from gptoss_export.exporter.progress import Progress, SilentProgress
 from gptoss_export.exporter.weights import hash_files
 
@@ -180,7 +180,7 @@ def journaled_in_place(
 def recover(folder: Path) -> None:
     """Gives an older artifact its place again, where an export was killed while it replaced it."""
     home = home_of(folder)
-    if (home / REPLACED_NAME).is_dir() and is_ours(home):
+    if (home / REPLACED_NAME).is_dir() and is_ours(home) and is_vacant(folder):
         with lock_file(home / LOCK_NAME, f"{folder} is being written"):
             put_back(home, folder)
 

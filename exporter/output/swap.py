@@ -20,7 +20,7 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 
 def swap(folder: Path, output: Path, aside: Path) -> None:
     """Puts `folder` in the place of `output`, which ends up as `folder` or, until it is removed, as `aside`."""
-    if not output.exists() or not any(output.iterdir()):
+    if is_vacant(output):
         folder.rename(output)
     elif not _exchange(folder, output):
         output.rename(aside)
@@ -38,9 +38,14 @@ def put_back(home: Path, output: Path) -> None:
     old = home / REPLACED_NAME
     if not old.is_dir() or old.is_symlink() or output.is_symlink() or not is_ours(home):
         return
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if is_vacant(output):
         old.rename(output)
         sync(output.parent)
+
+
+def is_vacant(output: Path) -> bool:
+    """Whether a folder can be renamed to `output`: nothing is there, or an empty folder."""
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
 
 
 def move_up(folder: Path, output: Path, force: bool, protect: set[Path]) -> None:

@@ -141,37 +141,6 @@ class Preflight:
         time = f"time: about {format_seconds(self.seconds)} on {MACHINE}, with nothing cached"
         return (*disks, *stages, *memory, *devices, time)
 
-    def as_json(self) -> dict[str, object]:
-        """For machines; sizes in bytes."""
-        return {
-            "disks": [
-                {
-                    "folder": str(disk.folder),
-                    "purposes": list(disk.purposes),
-                    "needed_bytes": disk.needed,
-                    "free_bytes": disk.free,
-                }
-                for disk in self.disks
-            ],
-            "stages": [
-                {
-                    "stage": stage.stage,
-                    "memory_bytes": stage.memory,
-                    "mapped_bytes": stage.mapped,
-                    "seconds": round(stage.seconds, 1),
-                    "basis": stage.basis,
-                }
-                for stage in self.stages
-            ],
-            "memory": [{"limit": room.name, "free_bytes": room.nbytes} for room in self.rooms],
-            "device": None
-            if self.device is None
-            else {"name": self.device.name, "needed_bytes": self.device.needed, "free_bytes": self.device.free},
-            "seconds": round(self.seconds, 1),
-            "seconds_assume": MACHINE,
-            "problems": [problem.what for problem in self.problems],
-        }
-
 
 def memory_need(stage: StageNeed, room: Room) -> int:
     """What a stage takes below this limit: of address space, mapped files and libraries count as well."""

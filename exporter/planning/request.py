@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptoss_export.engines.tensorrt.options import EngineOptions
+from gptoss_export.exporter.origin import ModelName
 from gptoss_export.exporter.weights import WeightsMode
 
 Effort = Literal["quick", "full"]
@@ -42,7 +43,7 @@ class ExportRequest:
 
     bundle_kernels: whether the artifacts carry the library with the kernels that they run on. ignore_preflight:
     whether to begin although something does not seem to be enough. engine: of the TensorRT targets. measure: how
-    parity is measured, beside how much of it.
+    parity is measured, beside how much of it. called: the name and the labels that the user gives the checkpoint.
     """
 
     model: str
@@ -57,3 +58,4 @@ class ExportRequest:
     ignore_preflight: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
+    called: ModelName = field(default_factory=ModelName)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_export.exporter.origin import COMMIT, LONGEST, REPOSITORY, Option, Origin, is_license
+from gptoss_export.exporter.origin import COMMIT, LONGEST, REPOSITORY, ModelName, Option, Origin, is_license
 
 if TYPE_CHECKING:
     from gptoss_export.exporter.checkpoint.tensors import Checkpoint
@@ -31,18 +32,25 @@ def origin_of(request: ExportRequest, target: str, checkpoint: Checkpoint) -> Or
         options |= {f"gate.{name}": float(limit) for name, limit in request.measure.overrides.items()}
         if request.measure.prompts is not None:
             options |= _prompts(request.measure.prompts)
-    repository, commit = _hub(request, checkpoint.root)
-    return Origin(repository, commit, _license(checkpoint), options)
+    return Origin(_on_hub(request.called, checkpoint.root), _license(checkpoint), options)
 
 
-def _hub(request: ExportRequest, root: Path) -> tuple[str | None, str | None]:
-    """Repository and commit of a snapshot in the Hub's cache, where `snapshots/COMMIT` ends its path."""
-    if Path(request.model).expanduser().is_dir() or not REPOSITORY.fullmatch(request.model):
-        return None, None
-    for folder in (root, root.parent):  # the parent: of original/, which lies in the snapshot
-        if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
-            return request.model, folder.name
-    return None, None
+def _on_hub(called: ModelName, root: Path) -> ModelName:
+    """With repository and revision of a snapshot in the Hub's cache, `models--ORG--NAME/snapshots/COMMIT`, or of its
+    original/.
+
+    The path says so whether the snapshot was given as an id or as a folder. What the checkpoint says of itself is not
+    asked: `_name_or_path` in config.json is where its weights were loaded from, so a fine-tune names its base there.
+    """
+    real = Path(os.path.realpath(root))
+    inside = real.name == "original"
+    snapshot = real.parent if inside else real
+    kind, *parts = snapshot.parent.parent.name.split("--")
+    repository = "/".join(parts)
+    cached = kind == "models" and snapshot.parent.name == "snapshots" and COMMIT.fullmatch(snapshot.name)
+    if not (cached and REPOSITORY.fullmatch(repository)):
+        return called
+    return replace(called, repository=repository, revision=snapshot.name, subfolder="original" if inside else None)
 
 
 def _license(checkpoint: Checkpoint) -> str | None:

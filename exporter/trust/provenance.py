@@ -16,13 +16,16 @@ from dataclasses import asdict
 from urllib.parse import quote
 
 from gptoss_export.exporter.artifact import RECORD_NAMES, REPORT_NAMES, Manifest
+from gptoss_export.exporter.checkpoint.open import SIDE_FILES
+from gptoss_export.exporter.origin import ModelName
 from gptoss_export.exporter.weights import FileRecord
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "urn:gptoss-export:build:v1"
-"""externalParameters are `model` (a repository and commit of the Hub, or `folder`) and `options`, as the command
-line names them; internalParameters are the versions of the libraries, the engine, the checkpoint's layout and licence.
+BUILD_TYPE = "urn:gptoss-export:build:v2"
+"""externalParameters are `model` (its name, repository and revision of the Hub, and labels, as far as there are any)
+and `options`, as the command line names them; internalParameters are the versions of the libraries that made this
+artifact, the engine, the checkpoint's layout and licence.
 """
 BUILDER_ID = "urn:gptoss-export:builder:v1"
 """The machine that ran the command, whoever owns it: this says nothing of how well it was isolated (SLSA level 1)."""
@@ -42,7 +45,10 @@ def make_provenance(manifest: Manifest) -> bytes:
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"model": _model(manifest), "options": dict(manifest.origin.options)},
+                "externalParameters": {
+                    "model": asdict(manifest.origin.model),
+                    "options": dict(manifest.origin.options),
+                },
                 "internalParameters": {
                     "versions": dict(manifest.versions),
                     "engine": manifest.engine,
@@ -65,9 +71,9 @@ def make_provenance(manifest: Manifest) -> bytes:
     return (json.dumps(statement, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
-def hub_purl(repository: str, commit: str, file: str = "") -> str:
+def hub_purl(repository: str, revision: str, file: str = "") -> str:
     """A package URL (https://github.com/package-url/purl-spec) of a repository on the Hub, or of a file in it."""
-    return f"pkg:huggingface/{repository}@{commit}" + (f"#{quote(file)}" if file else "")
+    return f"pkg:huggingface/{repository}@{revision}" + (f"#{quote(file)}" if file else "")
 
 
 def _sorted(files: Mapping[str, FileRecord]) -> list[tuple[str, FileRecord]]:
@@ -78,18 +84,18 @@ def _named(name: str, record: FileRecord) -> dict[str, object]:
     return {"name": name, "digest": {"sha256": record.sha256}}
 
 
-def _model(manifest: Manifest) -> object:
-    origin = manifest.origin
-    if origin.repository is None:
-        return "folder"
-    return {"repository": origin.repository, "commit": origin.commit}
-
-
 def _dependency(manifest: Manifest, name: str, record: FileRecord) -> dict[str, object]:
-    origin, found = manifest.origin, _named(name, record)
-    if origin.repository is not None and origin.commit is not None:
-        found["uri"] = hub_purl(origin.repository, origin.commit, name)
+    model, found = manifest.origin.model, _named(name, record)
+    if model.repository is not None and model.revision is not None:
+        found["uri"] = hub_purl(model.repository, model.revision, _in_repository(model, name))
     return found
+
+
+def _in_repository(model: ModelName, name: str) -> str:
+    """The path of a checkpoint's file; empty for a tokenizer's, which lies in original/ or beside it."""
+    if model.subfolder is None:
+        return name
+    return "" if name in SIDE_FILES else f"{model.subfolder}/{name}"
 
 
 def _own_version(manifest: Manifest) -> str:

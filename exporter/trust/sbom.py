@@ -12,6 +12,7 @@ import uuid
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from gptoss_export.engines.tensorrt.flavor import distributions_of
 from gptoss_export.exporter.artifact import PROVENANCE_NAME, SBOM_NAME, Manifest
 from gptoss_export.exporter.trust.provenance import hub_purl
 from gptoss_export.exporter.weights import FileRecord
@@ -25,8 +26,6 @@ _NAMESPACE = uuid.UUID("6f1c1c9e-5b0e-5f0c-9d6d-0b7b4f6f2a31")
 _MODEL_REF = "model"
 _UNKNOWN_LICENSE = "NOASSERTION"
 _SPDX_IDS = ("Apache-2.0", "MIT")
-# The pip name of an engine where it is not the engine's own.
-_ENGINE_PACKAGES = {"tensorrt_rtx": "tensorrt-rtx-cu13"}
 
 
 def make_sbom(manifest: Manifest, report: ParityReport | None) -> bytes:
@@ -63,8 +62,7 @@ def _tool(version: str) -> dict[str, object]:
 
 def _library(manifest: Manifest, name: str, version: str) -> dict[str, object]:
     """scope: the engine is needed to run the artifact, everything else only made it."""
-    engine = manifest.engine.split(" ")[0]
-    needed = name == _ENGINE_PACKAGES.get(engine, engine)
+    needed = name in distributions_of(manifest.engine.split(" ")[0])
     return {
         "type": "library",
         "bom-ref": f"library:{name}",
@@ -85,11 +83,11 @@ def _file(name: str, record: FileRecord) -> dict[str, object]:
 
 
 def _model(manifest: Manifest, report: ParityReport | None) -> dict[str, object]:
-    base = manifest.origin.repository or "gpt-oss"
+    labels = manifest.origin.model.labels
     return {
         "type": "machine-learning-model",
         "bom-ref": _MODEL_REF,
-        "name": f"{base} ({manifest.target})",
+        "name": f"{manifest.origin.model.title or 'gpt-oss'} ({manifest.target})",
         "version": manifest.content_sha256,
         "licenses": _licenses(manifest),
         "pedigree": {
@@ -97,6 +95,7 @@ def _model(manifest: Manifest, report: ParityReport | None) -> dict[str, object]
             "notes": f"exported for {manifest.engine}, {manifest.provider}; its weights are {manifest.layout.value}",
         },
         "modelCard": _card(manifest, report),
+        "properties": [{"name": f"gptoss-export:label:{key}", "value": labels[key]} for key in sorted(labels)],
     }
 
 
@@ -106,14 +105,15 @@ def _licenses(manifest: Manifest) -> list[object]:
 
 
 def _checkpoint(manifest: Manifest) -> dict[str, object]:
-    origin = manifest.origin
+    model = manifest.origin.model
     known: dict[str, object] = {}
-    if origin.repository is not None and origin.commit is not None:
-        known = {"version": origin.commit, "purl": hub_purl(origin.repository, origin.commit)}
+    if model.repository is not None and model.revision is not None:
+        file = model.subfolder or ""
+        known = {"version": model.revision, "purl": hub_purl(model.repository, model.revision, file)}
     return {
         "type": "machine-learning-model",
         "bom-ref": "checkpoint",
-        "name": origin.repository or "gpt-oss checkpoint",
+        "name": model.repository or model.name or "gpt-oss checkpoint",
         "licenses": _licenses(manifest),
         "components": [
             _file(name, record) | {"bom-ref": f"checkpoint:{name}"}

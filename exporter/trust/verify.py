@@ -49,9 +49,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """An artifact that is what its manifest says. checks: in the order in which they were made."""
+    """An artifact that is what its manifest says. checks: in the order in which they were made.
+
+    report: None where nothing was validated.
+    """
 
     manifest: Manifest
+    report: ParityReport | None
     checks: tuple[Check, ...]
 
 
@@ -59,7 +63,7 @@ def verify_artifact(folder: Path, progress: Progress | None = None) -> Verificat
     """Checks every hash, the manifest, and that report, provenance and bill of materials speak of these files.
 
     Raises ArtifactNotFoundError, ManifestError or IntegrityError for the first thing that is not as it was delivered.
-    A verdict of `fail` is no error here: it is what was measured, and it is shown.
+    A verdict of `fail` is no error here: it is what was measured, and `policy.require_pass` says who may go on with it.
     """
     manifest = read_manifest(folder)
     checks = [
@@ -72,7 +76,7 @@ def verify_artifact(folder: Path, progress: Progress | None = None) -> Verificat
         checks.append(engine)
     report = _read_report(folder, manifest)
     checks += [_check_report(report, manifest), *_check_records(folder, manifest, report)]
-    return Verification(manifest, tuple(checks))
+    return Verification(manifest, report, tuple(checks))
 
 
 def _wrong(what: str) -> IntegrityError:
@@ -206,6 +210,8 @@ def _check_report(report: ParityReport | None, manifest: Manifest) -> Check:
     artifact = {name: record.sha256 for name, record in manifest.files.items() if name not in RECORD_NAMES}
     if report.binding.files != artifact:
         raise _wrong("the parity report is about another artifact")
+    if report.binding.model != manifest.origin.model:
+        raise _wrong("the parity report calls the model something else than the manifest")
     loosened = f", gates LOOSENED: {', '.join(parity.loosened)}" if parity.loosened else ""
     return Check("parity", f"{parity.verdict} ({parity.effort}{loosened}), the report is about these bytes")
 

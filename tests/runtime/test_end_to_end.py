@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,28 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def release(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(
+    tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, read_document: Callable[[str, str], dict[str, Any]]
+) -> Path:
     """Both targets, exported by the command as a user types it."""
     out = tmp_path_factory.mktemp("export") / "release"
     command = [sys.executable, "-m", "gptoss_export.exporter", "--target", "onnx", "--target", "ort-cpu"]
     command += ["--model", str(tiny_dir), "--output", str(out), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)["results"]
+    document = read_document("export", done.stdout)
+    results, run_seconds = document["results"], document["run_seconds"]
+    assert "error" not in document
     assert [(r["target"], r["verdict"], r["effort"]) for r in results] == [
         ("onnx", "pass", "quick"),
         ("ort-cpu", "pass", "quick"),
     ]
+    assert run_seconds["hashes"] is None
+    assert all(run_seconds[stage] > 0 for stage in ("weights", "graph", "reference"))
+    assert all(r["seconds"] > 0 and r["failures"] == [] for r in results)
+    # Weights are placed while the graph is made; nothing else overlaps.
+    one_after_the_other = run_seconds["graph"] + run_seconds["reference"] + sum(r["seconds"] for r in results)
+    assert one_after_the_other <= run_seconds["total"]
     assert "Traceback" not in done.stderr
     return out
 
@@ -94,14 +105,20 @@ def test_the_same_inputs_give_the_same_bytes(
 
 
 def test_an_artifact_that_was_moved_validates(
-    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    release: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    read_document: Callable[[str, str], dict[str, Any]],
 ) -> None:
     folder = tmp_path / "elsewhere"
     shutil.copytree(release / "ort-cpu", folder)
     done = run(capsys, "validate", folder, "--json")
     assert done.code == 0, done.err
-    (result,) = json.loads(done.out)["results"]
+    document = read_document("validate", done.out)
+    (result,), run_seconds = document["results"], document["run_seconds"]
     assert result["verdict"] == "pass"
+    assert run_seconds["hashes"] > 0 and run_seconds["graph"] is None and run_seconds["weights"] is None
+    assert run_seconds["hashes"] + run_seconds["reference"] + result["seconds"] <= run_seconds["total"]
     assert read_manifest(folder).content_sha256 == read_manifest(release / "ort-cpu").content_sha256
 
 
@@ -117,9 +134,13 @@ def test_one_wrong_byte_of_a_weight_is_found(release: Path, tmp_path: Path, caps
     assert shard.name in done.err
 
 
-def test_inspect(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect(
+    release: Path, capsys: pytest.CaptureFixture[str], read_document: Callable[[str, str], dict[str, Any]]
+) -> None:
     done = run(capsys, "inspect", release / "onnx", "--json")
-    assert json.loads(done.out)["parity"]["verdict"] == "pass"
+    found = read_document("inspect", done.out)
+    assert found == json.loads((release / "onnx" / "manifest.json").read_text())
+    assert found["parity"]["verdict"] == "pass"
     assert "verdict  pass (quick)" in run(capsys, "inspect", release / "onnx").out
     assert run(capsys, "inspect", release).code == 42
 

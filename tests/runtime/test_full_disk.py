@@ -21,7 +21,7 @@ import pytest
 
 from gptoss_export.engines.tensorrt.build import build_engine
 from gptoss_export.engines.tensorrt.options import EngineOptions
-from gptoss_export.exporter import cli, pipeline
+from gptoss_export.exporter import cli, pipeline, shared_stages
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.errors import DiskSpaceError, OutOfMemoryError
 from gptoss_export.exporter.graph import build as build_module
@@ -215,7 +215,7 @@ def test_a_checkpoint_that_changes_under_the_export(
 ) -> None:
     model, (act, codes, text) = copied(tiny_dir, tmp_path), FAULTS[fault]
     where: dict[str, tuple[Any, str]] = {
-        "before it is copied": (pipeline, "place_weights"),
+        "before it is copied": (shared_stages, "place_weights"),
         "before its scales are read": (open_module, "check_scales"),
         "after the plan": (pipeline, "export_key"),
     }

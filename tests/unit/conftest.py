@@ -16,7 +16,7 @@ import pytest
 from gptoss_export.exporter.artifact import RECORD_NAMES, Manifest, ParityRecord, write_manifest
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.measure import record
-from gptoss_export.exporter.origin import Origin
+from gptoss_export.exporter.origin import ModelName, Origin
 from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.weights import WeightsMode, hash_files
 from gptoss_export.validators.binomial import median_below
@@ -43,6 +43,7 @@ from gptoss_export.validators.routing import Flip, RoutingLayer, RoutingRecord
 from gptoss_export.validators.scenarios import SCENARIOS
 from gptoss_export.validators.verdict import judge
 
+SNAPSHOT = ModelName(repository="openai/gpt-oss-20b", revision="6cee5e81ee83917806bbde320786a8fb61efebee")
 PROBES = (("plain-1", 1), ("code-27", 27), ("chat-41", 41))
 GRAPH_ONLY = Engine(
     "tensorrt_rtx",
@@ -359,15 +360,14 @@ def deliver(
         "files": files,
         "parity": ParityRecord("not validated"),
         "created_at": "2025-01-02T03:04:05+00:00",
-        "origin": Origin(
-            "openai/gpt-oss-20b", "6cee5e81ee83917806bbde320786a8fb61efebee", "Apache-2.0", {"parity": "quick"}
-        ),
+        "origin": Origin(SNAPSHOT, "Apache-2.0", {"parity": "quick"}),
     }
     manifest = Manifest(**(fields | changes))
     if report is not None:
         binding = Binding(
             {name: entry.sha256 for name, entry in manifest.checkpoint.items()},
             {name: entry.sha256 for name, entry in manifest.files.items() if name not in RECORD_NAMES},
+            manifest.origin.model,
         )
         report = replace(report, binding=binding)
         manifest = record(report, manifest, folder)
@@ -380,6 +380,12 @@ def deliver(
 def delivered(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Delivered:
     """An artifact that passed."""
     return deliver(tmp_path / "release", tiny, samples.passing, {})
+
+
+@pytest.fixture
+def delivered_with(tmp_path: Path, tiny: Checkpoint) -> Callable[[str, ParityReport | None], Delivered]:
+    """Artifacts by their name and report, None for one that nothing was compared with."""
+    return lambda name, report: deliver(tmp_path / name, tiny, report, {})
 
 
 @pytest.fixture
@@ -398,3 +404,9 @@ def with_engine(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[
         return deliver(tmp_path / "engine", tiny, samples.not_executed, extra, **changes)
 
     return make
+
+
+@pytest.fixture
+def delivered_as(tmp_path: Path, tiny: Checkpoint, samples: Samples) -> Callable[[ModelName], Delivered]:
+    """Artifacts that passed, by what their model is called."""
+    return lambda model: deliver(tmp_path / "named", tiny, samples.passing, {}, origin=Origin(model))

@@ -20,9 +20,12 @@ import pytest
 from gptoss_export.engines.tensorrt import flavor
 from gptoss_export.exporter import cli, pipeline
 from gptoss_export.exporter.artifact import ParityRecord, Verdict
+from gptoss_export.exporter.commands.failure import BUG, USAGE
 from gptoss_export.exporter.errors import ConfigError, GptossExportError
 from gptoss_export.exporter.pipeline import ExportRequest, ExportResult, MeasureOptions
+from gptoss_export.exporter.stopwatch import RunSeconds
 from gptoss_export.exporter.weights import WeightsMode
+from gptoss_export.validators.verdict import Failure
 
 FLAGS = {"FORCE": "1", "THREADS": "5", "JSON": "1", "QUIET": "1", "BUNDLE_KERNELS": "1"}
 EXPORT = ["--target", "ort-cpu", "--model", "m", "--output", "out"]
@@ -43,7 +46,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[ExportRequest]:
     def export(request: ExportRequest, progress: object) -> list[ExportResult]:
         seen.append(request)
         print("a library prints this")
-        return []
+        return [result("pass", Path("out"))]
 
     monkeypatch.setattr(pipeline, "export", export)
     return seen
@@ -159,16 +162,17 @@ def test_yaml_off_is_the_word_and_not_false(
 def test_a_subcommand_has_its_own_section(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def validate(folder: Path, effort: str, *, options: MeasureOptions, threads: int | None, progress: object) -> None:
-        raise ConfigError(f"{folder} {effort} {threads} {options}", "stop")
+    def validate(folder: Path, effort: str, *, options: MeasureOptions, **more: object) -> None:
+        raise ConfigError(f"{folder} {effort} {more['threads']} {more['output']} {options}", "stop")
 
     monkeypatch.setattr(pipeline, "validate_artifact", validate)
     (tmp_path / "c.yaml").write_text(
-        "model: m\nvalidate: {parity: full, threads: 2, prompts: p.txt, bisect: true, gate: [max-kl-mean=1e-9]}\n"
+        "model: m\noutput: o\n"
+        "validate: {parity: full, threads: 2, prompts: p.txt, bisect: true, gate: [max-kl-mean=1e-9]}\n"
     )
     assert cli.main(["--config", "c.yaml", "validate", "out"]) == ConfigError.exit_code
     options = MeasureOptions(Path("p.txt"), {"max_kl_mean": 1e-9}, bisection=True)
-    assert f"error: out full 2 {options}" in capsys.readouterr().err
+    assert f"error: out full 2 None {options}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_debug_after_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, caps
 def test_stdout_carries_only_results(requests: list[ExportRequest], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*EXPORT, "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == {"results": []}
+    assert [found["folder"] for found in json.loads(captured.out)["results"]] == ["out"]
     assert "a library prints this" in captured.err
 
 
@@ -321,7 +325,7 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
 
 
 def result(verdict: Verdict, folder: Path, loosened: tuple[str, ...] = ()) -> Any:
-    failures = (SimpleNamespace(where="decode", gate="max_kl_mean", measured=0.25, limit=1e-9),)
+    failures = (Failure("decode", "max_kl_mean", measured=0.25, limit=1e-9),)
     report = SimpleNamespace(
         effort="quick",
         outcome=verdict,
@@ -334,14 +338,15 @@ def result(verdict: Verdict, folder: Path, loosened: tuple[str, ...] = ()) -> An
         target="ort-cpu",
         parity=ParityRecord("not validated")
         if verdict == "not validated"
-        else ParityRecord(verdict, "quick", "0" * 64),
+        else ParityRecord(verdict, "quick", "0" * 64, loosened),
         files={},
         engine="e",
         provider="p",
         notes=(),
         content_sha256="0" * 64,
     )
-    return ExportResult(folder, manifest, None if verdict == "not validated" else report, 1.0)  # type: ignore[arg-type]
+    found: Any = (manifest, None if verdict == "not validated" else report)
+    return ExportResult(folder, *found, 1.0, RunSeconds(2.5, None, 0.25, 0.5, 0.75))
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -426,8 +431,9 @@ def test_synth_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "small: " in capsys.readouterr().out
 
 
-def all_errors(error: type[GptossExportError] = GptossExportError) -> dict[str, int]:
-    found = {error.__name__: error.exit_code} if "exit_code" in vars(error) and error is not GptossExportError else {}
+def all_errors(error: type[GptossExportError] = GptossExportError) -> dict[str, tuple[int, str]]:
+    own = "exit_code" in vars(error) and error is not GptossExportError
+    found = {error.__name__: (error.exit_code, error.kind)} if own else {}
     for child in error.__subclasses__():
         found |= all_errors(child)
     return found
@@ -436,11 +442,14 @@ def all_errors(error: type[GptossExportError] = GptossExportError) -> dict[str, 
 def test_exit_codes_are_documented() -> None:
     root = Path(__file__).parents[2]
     table = (root / "docs" / "exit-codes.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (\S.*) \|$", table, re.MULTILINE)
-    ours = {name: code for name, code in all_errors().items() if not name.startswith("_")}
-    assert {name: int(code) for code, name, _ in rows} == ours
-    assert len(set(ours.values())) == len(ours)
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| `([a-z-]+)` \| (\S.*) \|$", table, re.MULTILINE)
+    ours = {name: said for name, said in all_errors().items() if not name.startswith("_")}
+    assert {name: (int(code), kind) for code, name, kind, _ in rows} == ours
+    codes, kinds = zip(*ours.values(), strict=True)
+    assert len(set(codes)) == len(set(kinds)) == len(ours)
+    for code, kind in ((1, BUG), (2, USAGE)):
+        assert f"| {code} | `{kind}` |" in table and kind not in kinds
     from gptoss_export.exporter import errors
 
     tree = dict(re.findall(r"\+-- (\w+) +(\d+)", errors.__doc__ or ""))
-    assert {name: int(code) for name, code in tree.items()} == ours
+    assert {name: int(code) for name, code in tree.items()} == {name: code for name, (code, _) in ours.items()}

@@ -19,7 +19,7 @@ FLOORS = (
     ("exporter",),
     ("engines",),
     ("validators",),
-    ("exporter.planning", "exporter.output", "exporter.trust", "exporter.measure"),
+    ("exporter.planning", "exporter.output", "exporter.trust", "exporter.measure", "exporter.shared_stages"),
     ("exporter.pipeline",),
     ("exporter.cli", "exporter.commands", "exporter.__main__"),
 )
@@ -27,7 +27,7 @@ FLOORS = (
 
 GROUND = (
     "artifact", "checkpoint", "clock", "errors", "graph", "inside", "interrupt", "model", "ops", "origin", "progress",
-    "weights",
+    "stopwatch", "weights",
 )  # fmt: skip
 
 

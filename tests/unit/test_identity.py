@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from gptoss_export.engines import targets
+from gptoss_export.engines.tensorrt import target
+from gptoss_export.engines.tensorrt.flavor import Flavor
 from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter import pipeline
+from gptoss_export.exporter.origin import ModelName
 from gptoss_export.exporter.output import identity
 from gptoss_export.exporter.output.identity import export_key, library_versions
 from gptoss_export.exporter.planning.plan import make_plan
@@ -55,6 +58,8 @@ def test_the_same_work_has_the_same_key(request_of: ExportRequest, tmp_path: Pat
         {"engine": EngineOptions(max_batch=3)},
         {"measure": MeasureOptions(overrides={"max_kl_mean": 1e-9})},
         {"measure": MeasureOptions(bisection=True)},
+        {"called": ModelName("support-bot")},
+        {"called": ModelName(labels={"team": "ml"})},
     ],
     ids=str,
 )
@@ -116,8 +121,54 @@ def test_our_own_code_is_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_software_is_other_work(request_of: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(request_of)
     before = export_key(plan)
-    monkeypatch.setattr(identity, "library_versions", lambda: library_versions() | {"onnx": "0"})
+    monkeypatch.setattr(identity, "library_versions", lambda *of: library_versions(*of) | {"onnx": "0"})
     other = export_key(plan)
     monkeypatch.undo()
     monkeypatch.setattr(identity, "_own_code", lambda: "0" * 64)
     assert len({before, other, export_key(plan)}) == 3
+
+
+OTHERS = {"tensorrt", "tensorrt-rtx-cu13", "triton", "cuda-bindings"}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes every package be installed in that version, both of TensorRT's included."""
+
+    def pretend(version: str) -> None:
+        monkeypatch.setattr(identity, "_version", lambda name: version if name in OTHERS else "1")
+        monkeypatch.setattr(
+            target, "find_flavor", lambda choice: Flavor("rtx" if choice == "rtx" else "tensorrt", "11")
+        )
+
+    return pretend
+
+
+def test_each_target_lists_what_makes_it(installed: Callable[[str], None]) -> None:
+    installed("2")
+    rtx, function = EngineOptions(flavor="rtx"), EngineOptions(flavor="tensorrt", plugin=False)
+
+    def others(*names: str, engine: EngineOptions = rtx) -> set[str]:
+        found = library_versions(names, engine)
+        assert set(targets.PACKAGES) <= found.keys()
+        assert list(found) == sorted(found)
+        return found.keys() & OTHERS
+
+    for name in ("onnx", "ort-cpu", "ort-cpu-int8"):
+        assert others(name) == set()
+    for name in ("trt-fp16", "trt-bf16", "trt-fp32"):
+        assert others(name) == {"tensorrt-rtx-cu13", "triton", "cuda-bindings"}
+        assert others("onnx", name, engine=function) == {"tensorrt", "cuda-bindings"}
+
+
+def test_the_key_covers_what_the_targets_need_and_no_more(
+    installed: Callable[[str], None], request_of: ExportRequest
+) -> None:
+    plan = make_plan(request_of)
+    both = replace(plan, request=replace(request_of, targets=("ort-cpu", "trt-fp16")))
+    keys = []
+    for version in ("1", "2"):
+        installed(version)
+        keys.append((export_key(plan), export_key(both)))
+    assert keys[0][0] == keys[1][0]
+    assert keys[0][1] != keys[1][1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -17,7 +16,7 @@ import pytest
 
 from gptoss_export.engines import targets
 from gptoss_export.engines.build_info import BuildInfo, Execution
-from gptoss_export.exporter import cli, pipeline
+from gptoss_export.exporter import cli, pipeline, shared_stages, stopwatch
 from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
@@ -77,6 +76,9 @@ class FakeTarget:
 
     def own_bytes(self, checkpoint: Any, settings: Any) -> int:
         return self.own
+
+    def packages(self, settings: Any) -> tuple[str, ...]:
+        return targets.PACKAGES
 
     def ram_bytes(self, checkpoint: Any, settings: Any) -> int:
         return 3_000_000_000 if self.name == "onnx" else 0
@@ -191,12 +193,14 @@ def test_the_plan_names_sizes_and_files_and_writes_nothing(tiny_dir: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_prints_the_plan(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_plan(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_document: Any
+) -> None:
     args = ["--target", "ort-cpu", "--model", str(tiny_dir), "--output", str(tmp_path / "release"), "--dry-run"]
     assert cli.main(args) == 0
     assert "weights/model-00000-of-00002.safetensors  4.0 MB" in capsys.readouterr().out
     assert cli.main([*args, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = read_document("plan", capsys.readouterr().out)
     assert shown["artifacts"] == {"ort-cpu": str(tmp_path / "release")}
     assert shown["checkpoint_files"]["config.json"] == (tiny_dir / "config.json").stat().st_size
     assert list(tmp_path.iterdir()) == []
@@ -311,6 +315,35 @@ def test_a_failed_verdict_is_delivered_and_refused(tiny_dir: Path, tmp_path: Pat
         require_pass(results)
 
 
+def test_seconds_are_those_of_the_target_even_where_another_run_took_them(
+    tiny_dir: Path, tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took = {"graph": 1, "reference": 2, "build onnx": 10, "build ort-cpu": 20, "open onnx": 300, "open ort-cpu": 400}
+    clock = SimpleNamespace(monotonic=lambda: float(sum(took.get(entry, 0) for entry in log)))
+    for module in (pipeline, stopwatch):
+        monkeypatch.setattr(module, "time", clock)
+    measure, asked = parity.validate, request(tiny_dir, tmp_path / "release", "ort-cpu", "onnx")
+
+    def cut_off(*given: Any, **options: Any) -> object:
+        if "open onnx" in log:
+            raise KeyboardInterrupt
+        return measure(*given, **options)
+
+    monkeypatch.setattr(parity, "validate", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        export(asked)
+    monkeypatch.setattr(parity, "validate", measure)
+    monkeypatch.setattr(report_module, "read_report", lambda _: SimpleNamespace(verdict=SimpleNamespace(passed=True)))
+    log.clear()
+    ort_cpu, onnx = export(asked)
+    assert log == ["reference", "open onnx", "validate onnx quick"]
+    assert (ort_cpu.seconds, onnx.seconds) == (20 + 400, 10 + 300)
+    assert ort_cpu.run == onnx.run
+    assert (onnx.run.total, onnx.run.reference, onnx.run.graph) == (302, 2, None)
+    (alone,) = export(request(tiny_dir, tmp_path / "alone"))
+    assert (alone.seconds, alone.run.graph, alone.run.reference, alone.run.total) == (420, 1, 2, 423)
+
+
 def test_parity_off_still_loads_the_artifact(tiny_dir: Path, tmp_path: Path, log: list[str]) -> None:
     results = export(request(tiny_dir, tmp_path / "release", parity="off"))
     assert log == ["graph", "build ort-cpu", "open ort-cpu"]
@@ -391,7 +424,7 @@ def test_a_failure_anywhere_leaves_nothing(
         "open": (targets.TARGETS["ort-cpu"], "open_runner"),
         "reference": (reference_cache, "reference_for"),
         "parity": (parity, "validate"),
-        "weights": (pipeline, "place_weights"),
+        "weights": (shared_stages, "place_weights"),
     }
     module, name = where[stage]
     monkeypatch.setattr(module, name, fail)
@@ -406,7 +439,7 @@ def test_a_failed_copy_spares_the_graph(
     def full(*_: object) -> None:
         raise DiskSpaceError("full", "stop")
 
-    monkeypatch.setattr(pipeline, "place_weights", full)
+    monkeypatch.setattr(shared_stages, "place_weights", full)
     monkeypatch.setattr(open_module, "check_scales", lambda _: time.sleep(0.2))
     with pytest.raises(DiskSpaceError):
         export(request(tiny_dir, tmp_path / "release"))
@@ -424,7 +457,7 @@ def test_a_failed_graph_cancels_the_copy(
     def fail(_: object) -> None:
         raise InvalidScaleError("a scale of 255", "stop")
 
-    monkeypatch.setattr(pipeline, "place_weights", slow)
+    monkeypatch.setattr(shared_stages, "place_weights", slow)
     monkeypatch.setattr(open_module, "check_scales", fail)
     with pytest.raises(InvalidScaleError):
         export(request(tiny_dir, tmp_path / "release"))

@@ -244,13 +244,19 @@ def artifact(monkeypatch: pytest.MonkeyPatch, reference: Any, samples: Any, tiny
 
 
 def test_export_writes_a_folder_and_never_into_one(
-    artifact: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_document: Any
 ) -> None:
     given = ["polygraphy", "export", "out", "--output", str(tmp_path / "exchange"), "-q"]
     assert cli.main(given) == 0
     assert sorted(p.name for p in (tmp_path / "exchange").iterdir()) == ["accuracy.json", "inputs", "reference"]
     assert "polygraphy run out/model.onnx --onnxrt --onnx-outputs logits" in capsys.readouterr().out
     assert cli.main(given) == 40
+    assert cli.main([*given, "--json"]) == 40
+    assert read_document("polygraphy-export", capsys.readouterr().out)["error"]["kind"] == "output-exists"
+    assert cli.main([*given[:4], str(tmp_path / "again"), "-q", "--json"]) == 0
+    found = read_document("polygraphy-export", capsys.readouterr().out)
+    assert found["folder"] == str(tmp_path / "again") and found["probes"] > 0
+    assert found["next"].startswith("polygraphy run out/model.onnx --onnxrt --onnx-outputs logits")
 
 
 def test_only_a_graph_that_polygraphy_can_feed_is_exported(
@@ -263,17 +269,24 @@ def test_only_a_graph_that_polygraphy_can_feed_is_exported(
 
 
 def test_import_holds_results_to_the_gates(
-    artifact: Any, reference: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Any, reference: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_document: Any
 ) -> None:
     saved_by_polygraphy(reference, tmp_path / "results.json")
     given = ["polygraphy", "import", "out", str(tmp_path / "results.json"), "-q"]
     assert cli.main(given) == 0
     out = capsys.readouterr().out
     assert ["polygraphy:", "onnxrt", "max_kl_mean", "0", "1e-09", "yes"] in [line.split() for line in out.splitlines()]
+    assert cli.main([*given, "--json"]) == 0
+    found = read_document("polygraphy-import", capsys.readouterr().out)
+    assert (found["verdict"], "error" in found) == ("pass", False)
     reference.all[0] = -reference.all[0]
     assert cli.main([*given, "--json"]) == 50
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["scenarios"]["polygraphy: onnxrt"]["positions"] == BLOCK_POSITIONS + 8
+    found = read_document("polygraphy-import", captured.out)
+    assert (found["verdict"], found["error"]["kind"]) == ("fail", "parity-failed")
+    (scenario,) = found["scenarios"]
+    assert scenario["name"] == "polygraphy: onnxrt"
+    assert scenario["metrics"]["positions"] == BLOCK_POSITIONS + 8
     assert "max_kl_mean in polygraphy: onnxrt is" in captured.err
     assert cli.main(["polygraphy", "import", "out", str(tmp_path / "nothing.json")]) == 60
 

@@ -26,6 +26,7 @@ from gptoss_export.exporter.checkpoint.config import parse_config
 from gptoss_export.exporter.checkpoint.layouts import stored_tensors
 from gptoss_export.exporter.checkpoint.synth import PRESETS, SynthShape, raw_config
 from gptoss_export.exporter.checkpoint.tensors import Layout
+from gptoss_export.exporter.commands.failure import error_of
 from gptoss_export.exporter.errors import DiskSpaceError, OutOfMemoryError, PromptError
 from gptoss_export.exporter.planning import preflight
 from gptoss_export.exporter.planning.plan import Plan, make_plan
@@ -230,7 +231,12 @@ def test_prompts_that_no_reference_can_hold_are_told_first(tiny_dir: Path, tmp_p
 
 
 def test_dry_run_prints_figures_and_refusal(
-    tiny_dir: Path, tmp_path: Path, plenty: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_dir: Path,
+    tmp_path: Path,
+    plenty: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    read_document: Any,
 ) -> None:
     args = ["--target", "ort-cpu", "--model", str(tiny_dir), "--output", str(tmp_path / "release"), "--dry-run"]
     assert cli.main(args) == 0
@@ -240,7 +246,9 @@ def test_dry_run_prints_figures_and_refusal(
     monkeypatch.setattr(preflight, "rooms", lambda: (Room("free memory", 1000),))
     assert cli.main([*args, "--json"]) == 61
     shown = capsys.readouterr()
-    found = json.loads(shown.out)["preflight"]
+    document = read_document("plan", shown.out)
+    assert document["error"]["kind"] == "out-of-memory"
+    found = document["preflight"]
     assert [stage["stage"] for stage in found["stages"]] == [
         "weights and graph",
         "build ort-cpu",
@@ -338,9 +346,9 @@ def test_limits_of_the_process() -> None:
 )
 def test_every_librarys_way_of_saying_it(error: Exception) -> None:
     assert ran_out(error)
-    known = cli._known(error)
-    assert isinstance(known, OutOfMemoryError)
-    assert "this process had up to" in known.what and " now" in known.what
+    told = error_of(error)
+    assert (told.kind, told.exit_code) == ("out-of-memory", OutOfMemoryError.exit_code)
+    assert "this process had up to" in told.what and " now" in told.what
 
 
 def test_other_errors_are_not_about_memory() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import jsonschema
 import pytest
 
 from gptoss_export.exporter.artifact import PROVENANCE_NAME, RECORD_NAMES, REPORT_NAMES
-from gptoss_export.exporter.origin import Origin
+from gptoss_export.exporter.origin import ModelName, Origin
 from gptoss_export.exporter.trust.provenance import make_provenance
 
 
@@ -125,12 +125,18 @@ def test_subjects_dependencies_and_parameters(delivered: Any) -> None:
     definition = statement["predicate"]["buildDefinition"]
     needed = {entry["name"]: entry["digest"]["sha256"] for entry in definition["resolvedDependencies"]}
     assert needed == {name: record.sha256 for name, record in manifest.checkpoint.items()}
-    commit = manifest.origin.commit
+    revision = manifest.origin.model.revision
     assert {entry["uri"] for entry in definition["resolvedDependencies"]} == {
-        f"pkg:huggingface/openai/gpt-oss-20b@{commit}#{name}" for name in needed
+        f"pkg:huggingface/openai/gpt-oss-20b@{revision}#{name}" for name in needed
     }
     assert definition["externalParameters"] == {
-        "model": {"repository": "openai/gpt-oss-20b", "commit": commit},
+        "model": {
+            "name": None,
+            "repository": "openai/gpt-oss-20b",
+            "revision": revision,
+            "subfolder": None,
+            "labels": {},
+        },
         "options": {"parity": "quick"},
     }
     assert definition["internalParameters"]["versions"] == manifest.versions
@@ -141,7 +147,7 @@ def test_subjects_dependencies_and_parameters(delivered: Any) -> None:
 def test_a_folder_is_named_by_its_hashes_alone(delivered: Any) -> None:
     statement = json.loads(make_provenance(replace(delivered.manifest, origin=Origin())))
     definition = statement["predicate"]["buildDefinition"]
-    assert definition["externalParameters"]["model"] == "folder"
+    assert definition["externalParameters"]["model"] == asdict(ModelName())
     assert all("uri" not in entry for entry in definition["resolvedDependencies"])
     assert str(delivered.folder) not in json.dumps(statement)
 

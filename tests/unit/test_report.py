@@ -127,7 +127,7 @@ def test_the_gates_can_be_taken_again_from_the_stored_floor(samples: Any) -> Non
 def test_a_graph_that_passes_is_no_engine_that_passes(kind: str, outcome: str, samples: Any) -> None:
     report = getattr(samples, kind)
     assert report.outcome == outcome
-    assert json.loads(to_json(report))["outcome"] == outcome
+    assert json.loads(to_json(report))["verdict"] == outcome
 
 
 def test_all_files_are_written_and_nothing_else(tmp_path: Path, samples: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,10 @@ def test_the_verdict_by_other_gates(stored: Any, capsys: pytest.CaptureFixture[s
     assert "max_kl_mean in prefill (1.3e-13, limit 1e-14)" in capsys.readouterr().err
 
 
-def test_as_json(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_json(stored: Any, capsys: pytest.CaptureFixture[str], read_document: Any) -> None:
     assert cli.main(["report", str(stored("failing")), "--json"]) == 50
-    found = json.loads(capsys.readouterr().out)
-    assert found["outcome"] == "fail"
+    found = read_document("report", capsys.readouterr().out)
+    assert (found["verdict"], found["error"]["kind"]) == ("fail", "parity-failed")
     assert [failure["where"] for failure in found["failures"]] == [
         "decode",
         "layer 1 attention",
@@ -139,34 +138,55 @@ def test_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the parity report cannot be read" in capsys.readouterr().err
 
 
-def test_diff_of_the_same_is_clean(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_of_the_same_is_two_lines(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(stored("passing"))
     assert cli.main(["diff", folder, f"{folder}/parity.json"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("THE SAME: pass -> pass; nearest gate ")
+    assert last == "184 figures compared: 184 same within noise (--all shows them)"
+    assert cli.main(["diff", folder, folder, "--all"]) == 0
     out = capsys.readouterr().out
-    assert "regression: 0" in out.splitlines()[-1]
-    assert any(line.split()[:4] == ["decode", "kl_mean", "1.3e-13", "1.3e-13"] for line in out.splitlines())
+    assert len(out.splitlines()) == 184 + 4
+    assert any(line.split()[:5] == ["same", "kl_mean", "decode", "1.3e-13", "1.3e-13"] for line in out.splitlines())
 
 
 def test_diff_fails_on_a_regression_and_says_which(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = str(stored("passing")), str(stored("failing"))
     assert cli.main(["diff", old, new]) == 53
     captured = capsys.readouterr()
-    assert "regression: logit_diff_max in decode was 7.6e-06 and is 5, 6.58e+05 times as bad" in captured.out
-    assert "is worse than" in captured.err
+    verdict = "pass -> fail; max_layer_error is 0.21, limit 1e-05 (2 more), layer 1 attention"
+    told = captured.out.splitlines()
+    assert told[0] == f"WORSE: {verdict}"
+    assert "not kept any more: max_logit_diff in decode (5, limit 4)" in told
+    assert told[told.index("worse:") + 2].split()[:4] == ["layer_error", "layer", "1", "attention"]
+    assert told[-1].startswith("184 figures compared: 3 worse, 181 same within noise")
+    assert max(map(len, told)) <= 100
+    assert len(told) < 15
+    assert captured.err.splitlines()[0] == f"error: {new} is worse than {old}: {verdict}"
     assert cli.main(["diff", new, old]) == 0
-    assert "improvement: attention in layer 1 was 0.21" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("BETTER: fail -> pass; ")
+    assert "kept now, not before: max_logit_diff in decode (5, limit 4)" in out
     assert cli.main(["diff", old, new, "--tolerance", "1e6"]) == 53  # gates that are not kept are no matter of degree
 
 
-def test_diff_as_json(stored: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_as_json(stored: Any, capsys: pytest.CaptureFixture[str], read_document: Any) -> None:
     assert cli.main(["diff", str(stored("passing")), str(stored("failing")), "--json"]) == 53
-    found = json.loads(capsys.readouterr().out)
-    assert found["regressed"] is True
-    assert {c["name"] for c in found["changes"] if c["kind"] == "regression"} == {
-        "logit_diff_max",
-        "attention",
-        "cached",
+    found = read_document("diff", capsys.readouterr().out)
+    assert found["error"]["kind"] == "regression"
+    assert (found["verdict"], found["old_verdict"], found["new_verdict"]) == ("worse", "pass", "fail")
+    assert (found["regressed"], found["level"], found["matters"], found["tolerance"]) == (True, 1e-3, 0.01, 1.5)
+    assert len(found["changes"]) == 184, "all of them, whatever is printed"
+    worse = {(c["where"], c["name"]): c for c in found["changes"] if c["kind"] == "regression"}
+    assert set(worse) == {
+        ("decode", "logit_diff_max"),
+        ("layer 1 attention", "layer_error"),
+        ("layer 1 attention with cache", "layer_error"),
     }
+    change = worse["layer 1 attention", "layer_error"]
+    assert (change["gate"], change["rule"], change["p"], change["times"]) == ("max_layer_error", "size", None, None)
+    assert (change["new"], change["new_share"]) == (0.21, pytest.approx(21000))
+    assert found["not_kept"][0] == {"where": "decode", "gate": "max_logit_diff", "measured": 5.0, "limit": 4.0}
 
 
 def test_diff_of_what_cannot_be_compared(stored: Any, samples: Any, tmp_path: Path) -> None:

@@ -79,10 +79,14 @@ def scenario(r: dict[str, Any]) -> dict[str, Any]:
         (lambda r: r["probes"][0].update(sha256="A" * 64), "sha256"),
         (lambda r: r["binding"]["files"].update(x="../../etc"), "sha256"),
         (lambda r: r["binding"]["files"].update(x=4), "binding.files.x"),
-        (lambda r: r.pop("outcome"), "outcome is missing"),
-        (lambda r: r.update(outcome="passed"), "outcome does not follow"),
-        (lambda r: r.update(outcome=None), "outcome does not follow"),
-        (lambda r: r.update(outcome=["fail"]), "outcome does not follow"),
+        (lambda r: r.pop("verdict"), "verdict is missing"),
+        (lambda r: r.update(verdict="passed"), "verdict does not follow"),
+        (lambda r: r.update(verdict=None), "verdict does not follow"),
+        (lambda r: r.update(verdict=["fail"]), "verdict does not follow"),
+        (lambda r: r.update(verdict={"passed": False, "failures": r["failures"]}), "verdict does not follow"),
+        (lambda r: r.pop("failures"), "failures is missing"),
+        (lambda r: r.update(failures=None), "failures has a value"),
+        (lambda r: r["failures"][0].update(kept=False), r"failures\[0\].kept is not known"),
         (lambda r: r["engine"].update(execution="simulated"), "engine.execution"),
         (lambda r: r["engine"].pop("execution"), "engine.execution is missing"),
         (lambda r: r["policy"].update(floor_dtype="int8"), "policy.floor_dtype"),
@@ -137,20 +141,20 @@ def layer(r: dict[str, Any], k: int = 1) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda r: r["verdict"].update(passed=True), "verdict does not follow"),
-        (lambda r: r.update(verdict={"passed": True, "failures": []}), "verdict does not follow"),
+        (lambda r: r.update(failures=[]), "failures do not follow"),
+        (lambda r: r.update(verdict="pass", failures=[]), "failures do not follow"),
         (lambda r: r["gates"].update(max_kl_mean=1.0), "gates do not follow from its table_gates"),
         (lambda r: r.update(overrides={"max_logit_diff": 1.0}), "gates do not follow from its table_gates"),
         (lambda r: r["table_gates"].update(max_kl_mean=1.0), "table_gates do not follow"),
-        (lambda r: r.update(outcome="pass"), "outcome does not follow"),
-        (lambda r: r.update(outcome="not executed"), "outcome does not follow"),
+        (lambda r: r.update(verdict="pass"), "verdict does not follow"),
+        (lambda r: r.update(verdict="not executed"), "verdict does not follow"),
         (lambda r: r["policy"]["absolute"].update(max_kl_mean=1e-8), "gates do not follow"),
         (lambda r: r["policy"].update(floor_dtype="float16"), "need one of float16, and none"),
-        (lambda r: r["evidence"]["scenarios"].pop(), "verdict does not follow"),
-        (lambda r: r["evidence"]["layers"].pop(), "verdict does not follow"),
-        (lambda r: r["evidence"]["consistency"].pop(), "verdict does not follow"),
-        (lambda r: r["evidence"].update(routing=None), "verdict does not follow"),
-        (lambda r: r["evidence"].update(num_layers=3), "verdict does not follow"),
+        (lambda r: r["evidence"]["scenarios"].pop(), "failures do not follow"),
+        (lambda r: r["evidence"]["layers"].pop(), "failures do not follow"),
+        (lambda r: r["evidence"]["consistency"].pop(), "failures do not follow"),
+        (lambda r: r["evidence"].update(routing=None), "failures do not follow"),
+        (lambda r: r["evidence"].update(num_layers=3), "failures do not follow"),
         (lambda r: twice(r["evidence"]["scenarios"]), "a scenario is there twice"),
         (lambda r: twice(r["evidence"]["layers"]), "a layer is there twice"),
         (lambda r: twice(r["evidence"]["ranges"]), "range of a layer is there twice"),
@@ -210,7 +214,7 @@ def floor(r: dict[str, Any]) -> dict[str, Any]:
 def loosen(r: dict[str, Any]) -> None:
     """Gates and verdict agree, and the floor does not."""
     r["gates"]["max_layer_error"] = r["table_gates"]["max_layer_error"] = 9.0
-    r.update(verdict={"passed": True, "failures": []}, outcome="not executed")
+    r.update(verdict="not executed", failures=[])
 
 
 def claim_execution(r: dict[str, Any]) -> None:
@@ -234,8 +238,8 @@ def with_no_floor_to_speak_of(r: dict[str, Any]) -> None:
         ("not_executed", lambda r: floor(r).update(token_layers=139), "tokens x layers"),
         ("not_executed", lambda r: floor(r).update(diverged=139), "tokens x layers"),
         ("not_executed", lambda r: r["policy"].update(factor=4.0), "gates do not follow"),
-        ("not_executed", lambda r: r.update(outcome="pass"), "outcome does not follow"),
-        ("not_executed", claim_execution, "outcome does not follow"),
+        ("not_executed", lambda r: r.update(verdict="pass"), "verdict does not follow"),
+        ("not_executed", claim_execution, "verdict does not follow"),
     ],
 )
 def test_a_report_whose_floor_or_execution_contradicts_it_is_not_read(
@@ -255,11 +259,11 @@ def test_a_report_whose_floor_or_execution_contradicts_it_is_not_read(
         b"\xff\xfe\x00",
         b"{" * 100_000,
         b"[" * 100_000,
-        b'{"schema_version": "4"}',
-        b'{"schema_version": "4", "outcome": "pass"}',
-        b'{"schema_version": "4", "schema_version": "3"}',
-        b'{"schema_version": "4", "outcome": "pass", "sliding_window": ' + b"9" * 10_000 + b"}",
-        b'{"schema_version": "4", "outcome": "pass", "\\ud800": 1}',
+        b'{"schema_version": "5"}',
+        b'{"schema_version": "5", "verdict": "pass"}',
+        b'{"schema_version": "5", "schema_version": "3"}',
+        b'{"schema_version": "5", "verdict": "fail", "failures": [], "sliding_window": ' + b"9" * 10_000 + b"}",
+        b'{"schema_version": "5", "verdict": "fail", "failures": [], "\\ud800": 1}',
     ],
 )
 def test_bytes_that_are_no_report(data: bytes) -> None:
@@ -276,9 +280,9 @@ def test_a_figure_that_is_no_number(value: bytes, samples: Any) -> None:
         from_json(data.replace(b'"logit_diff_max": 7.6e-06', b'"logit_diff_max": ' + value))
 
 
-@pytest.mark.parametrize("version", ["1", "3", "5", 4, None])
+@pytest.mark.parametrize("version", ["1", "4", "6", 5, None])
 def test_another_version_is_named_as_such(version: object, samples: Any) -> None:
-    with pytest.raises(NotValidatedError, match="schema_version is not '4'"):
+    with pytest.raises(NotValidatedError, match="schema_version is not '5'"):
         from_json(edited(lambda r: r.update(schema_version=version, more=1), samples.passing))
 
 

@@ -65,11 +65,21 @@ def test_files_libraries_and_ancestors(delivered: Any) -> None:
     assert (model["type"], model["name"]) == ("machine-learning-model", "openai/gpt-oss-20b (ort-cpu)")
     assert model["licenses"] == [{"license": {"id": "Apache-2.0"}}]
     (ancestor,) = model["pedigree"]["ancestors"]
-    assert ancestor["purl"] == f"pkg:huggingface/openai/gpt-oss-20b@{manifest.origin.commit}"
+    assert ancestor["purl"] == f"pkg:huggingface/openai/gpt-oss-20b@{manifest.origin.model.revision}"
     shards = {part["name"]: part["hashes"][0]["content"] for part in ancestor["components"]}
     assert shards == {name: record.sha256 for name, record in manifest.checkpoint.items()}
     needs = bill["dependencies"][0]["dependsOn"]
     assert "library:onnxruntime" in needs and "file:model.onnx" in needs and "library:torch" not in needs
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("cuda", ["cu12", "cu13"])
+def test_what_runs_an_engine_is_required(engine: str, cuda: str, delivered: Any) -> None:
+    package = f"{engine.replace('_', '-')}-{cuda}"
+    versions = dict.fromkeys(("onnxruntime", "torch", "triton", package, "cuda-bindings"), "1")
+    manifest = replace(delivered.manifest, engine=f"{engine} 1", versions=versions)
+    parts = json.loads(make_sbom(manifest, delivered.report))["components"]
+    assert {part["name"] for part in parts if part.get("scope") == "required"} == {package, "cuda-bindings"}
 
 
 def test_the_card_has_the_figures_of_the_report(delivered: Any, unvalidated: Any) -> None:

@@ -94,7 +94,7 @@ def verify(folder: Path, keys: Path, key: str = "ours") -> int:
 
 
 def test_signed_by_the_command_and_verified(
-    delivered: Any, keys: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    delivered: Any, keys: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, read_document: Any
 ) -> None:
     assert verify(delivered.folder, keys) == SignatureError.exit_code
     assert "is not signed" in capsys.readouterr().err
@@ -103,6 +103,9 @@ def test_signed_by_the_command_and_verified(
         assert cli.main(["-q", "sign", str(delivered.folder), "--key", str(keys / "ours.pem")]) == 0
     assert "signs 15 files; verdict: pass" in capsys.readouterr().out
     assert read_manifest(delivered.folder) == before
+    assert cli.main(["-q", "sign", str(delivered.folder), "--key", str(keys / "ours.pem"), "--json"]) == 0
+    found = read_document("sign", capsys.readouterr().out)
+    assert (found["signature"], found["files"]) == (str(delivered.folder / "model.sig"), 15)
     assert verify(delivered.folder, keys) == 0
     assert "signed by the key ours.pub" in capsys.readouterr().out
     moved = shutil.copytree(delivered.folder, tmp_path / "under another name")

@@ -32,7 +32,7 @@ from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.clock import now
 from gptoss_export.exporter.errors import IntegrityError, ManifestError, TimeStampError
 from gptoss_export.exporter.measure import record
-from gptoss_export.exporter.origin import Origin, origin_from
+from gptoss_export.exporter.origin import ModelName, Origin, origin_from
 from gptoss_export.exporter.planning.request import ExportRequest
 from gptoss_export.exporter.trust.attest import attest
 from gptoss_export.exporter.trust.origin_of import origin_of
@@ -150,9 +150,15 @@ def other_record(manifest: Manifest) -> Manifest:
     return replace(manifest, checkpoint=dict(manifest.checkpoint) | {"config.json": FileRecord(1, "0" * 64)})
 
 
+def called(manifest: Manifest, **changes: Any) -> Manifest:
+    return replace(manifest, origin=replace(manifest.origin, model=replace(manifest.origin.model, **changes)))
+
+
 FORGERIES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "another time": (lambda m: replace(m, created_at="2025-01-02T03:04:06+00:00"), "provenance"),
-    "another commit": (lambda m: replace(m, origin=replace(m.origin, commit="0" * 40)), "provenance"),
+    "another commit": (lambda m: called(m, revision="0" * 40), "calls the model"),
+    "another name": (lambda m: called(m, name="gpt-oss-20b"), "calls the model"),
+    "another label": (lambda m: called(m, labels={"stage": "production"}), "calls the model"),
     "another licence": (lambda m: replace(m, origin=replace(m.origin, license="MIT")), "provenance"),
     "another option": (lambda m: replace(m, origin=replace(m.origin, options={"parity": "full"})), "provenance"),
     "another version": (lambda m: replace(m, versions={"gptoss-export": "9"}), "provenance"),
@@ -257,18 +263,23 @@ def test_an_artifact_around_its_checkpoint_shares_the_folder(delivered: Any) -> 
     assert "was not looked at" in verify_artifact(delivered.folder).checks[1].found
 
 
-def test_the_command_prints_a_table_and_json(delivered: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_json(
+    delivered: Any, capsys: pytest.CaptureFixture[str], read_document: Any
+) -> None:
     assert cli.main(["verify", str(delivered.folder)]) == 0
     out = capsys.readouterr().out
     assert "sha256 of 14 files" in out
     assert out.splitlines()[-1].startswith("signature   none")
     assert cli.main(["verify", str(delivered.folder), "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = read_document("verify", capsys.readouterr().out)
     assert (shown["verdict"], shown["signature_checked"]) == ("pass", False)
     assert shown["content_sha256"] == delivered.manifest.content_sha256
     flip(delivered.folder / "weights/config.json", 5)
-    assert cli.main(["verify", str(delivered.folder)]) == IntegrityError.exit_code
-    assert "config.json" in capsys.readouterr().err
+    assert cli.main(["verify", str(delivered.folder), "--json"]) == IntegrityError.exit_code
+    captured = capsys.readouterr()
+    error = read_document("verify", captured.out)["error"]
+    assert error["kind"] == "integrity"
+    assert "config.json" in error["what"] and error["what"] in captured.err
     assert cli.main(["verify", str(delivered.folder), "--require-signature"]) == 2
 
 
@@ -307,10 +318,8 @@ def test_origins_come_back_as_they_were_written(delivered: Any) -> None:
         {"license": "a\nb"},
         {"license": ""},
         {"license": 1},
-        {"commit": None},
-        {"commit": "main"},
-        {"repository": "../x"},
-        {"repository": None},
+        {"model": None},
+        {"model": {"name": "x"}},
         {"more": 1},
         {"options": []},
         {"options": {"a": {}}},
@@ -335,21 +344,18 @@ def test_an_origin_names_no_folder(tiny: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "ours.txt").write_text("text")
     request = ExportRequest(str(tiny.root), tmp_path / "out", ("onnx", "ort-cpu"), measure=measure)  # type: ignore[arg-type]
     origin = origin_of(request, "onnx", tiny)
-    assert (origin.repository, origin.commit, origin.license) == (None, None, None)
+    assert (origin.model, origin.license) == (ModelName(), None)
     assert origin.options["gate.max_kl_mean"] == 1.0
     assert origin.options["prompts"] == "ours.txt"
     assert str(tmp_path) not in str(origin) and str(tiny.root) not in str(origin)
     assert "engine.max_batch" in origin_of(request, "trt-fp16", tiny).options
 
 
-def test_an_origin_on_the_hub_has_its_commit(tiny: Checkpoint, tmp_path: Path) -> None:
-    snapshot = tmp_path / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
+def test_the_licence_is_what_the_checkpoint_says(tiny: Checkpoint, tmp_path: Path) -> None:
+    snapshot = tmp_path / "model"
+    snapshot.mkdir()
     (snapshot / "LICENSE").write_text("  Apache License\n   Version 2.0, January 2004\n")
     request = ExportRequest("openai/gpt-oss-20b", tmp_path / "out", ("onnx",), parity="off")
-    for root in (snapshot, snapshot / "original"):
-        origin = origin_of(request, "onnx", replace(tiny, root=root))
-        assert (origin.repository, origin.commit) == ("openai/gpt-oss-20b", "a" * 40)
     assert origin_of(request, "onnx", replace(tiny, root=snapshot)).license == "Apache-2.0"
     said = replace(tiny, root=snapshot, raw_config={"license": "cc-by-4.0"})
     assert origin_of(request, "onnx", said).license == "cc-by-4.0"

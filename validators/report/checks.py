@@ -56,7 +56,7 @@ def _check_verdict(report: ParityReport) -> None:
     if override(table, report.overrides) != report.gates:
         raise InvalidReport("its gates do not follow from its table_gates and overrides")
     if judge(report.evidence, report.gates) != report.verdict:
-        raise InvalidReport("its verdict does not follow from its evidence and gates")
+        raise InvalidReport("its failures do not follow from its evidence and gates")
 
 
 def _check_evidence(report: ParityReport) -> None:

@@ -23,7 +23,13 @@ from gptoss_export.validators.report.json_writer import content_sha256
 from gptoss_export.validators.report.schema import Outcome, ParityReport
 from gptoss_export.validators.report.sections import sections
 from gptoss_export.validators.report.table import CELL, Section, Table
-from gptoss_export.validators.report.text import loosened_sentence, one_line, verdict_finding, verdict_word
+from gptoss_export.validators.report.text import (
+    loosened_sentence,
+    model_sentence,
+    one_line,
+    verdict_finding,
+    verdict_word,
+)
 
 ROWS_OPEN = 14
 """Longer tables wait for a click."""
@@ -54,6 +60,8 @@ def to_html(report: ParityReport) -> str:
     """The page: less than 1 MB for the largest gpt-oss."""
     parts = sorted(sections(report), key=lambda s: FIRST.index(s.name) if s.name in FIRST else len(FIRST))
     title = f"{verdict_word(report)}: parity of {one_line(report.target, CELL)}"
+    if report.binding.model.title is not None:
+        title += f", {report.binding.model.title}"
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -72,7 +80,7 @@ def to_html(report: ParityReport) -> str:
 
 def _banner(report: ParityReport) -> str:
     tone, sign = _TONES[report.outcome]
-    loosened = loosened_sentence(report)
+    loosened, model = loosened_sentence(report), model_sentence(report)
     return (
         f'<header class="verdict {tone}">'
         f'<svg viewBox="0 0 44 44" aria-hidden="true"><circle class="ring" cx="22" cy="22" r="21"/>'
@@ -80,6 +88,7 @@ def _banner(report: ParityReport) -> str:
         f'<h1><span class="word">{verdict_word(report)}</span> '
         f'<span class="target">{escape(one_line(report.target, CELL))}</span></h1>'
         f"<p>{_prose(_sentence(verdict_finding(report)))}</p>"
+        + (f"<p>{escape(model)}</p>" if model else "")
         + (f'<p class="loosened">{_prose(loosened)}</p>' if loosened else "")
         + "</header>"
     )

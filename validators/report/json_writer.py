@@ -25,8 +25,9 @@ def content_sha256(report: ParityReport) -> str:
 
 
 def _fields(report: ParityReport) -> dict[str, object]:
-    """outcome is written out, so that no reader takes gates that were kept for an engine that was run."""
-    return {**asdict(report), "outcome": report.outcome}
+    """verdict is the word for the artifact, so that no reader takes gates that were kept for an engine that was run."""
+    failures = asdict(report.verdict)["failures"]
+    return {**asdict(report), "verdict": report.outcome, "failures": failures}
 
 
 def _canonical(fields: dict[str, object]) -> bytes:

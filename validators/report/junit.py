@@ -58,6 +58,7 @@ def _properties(report: ParityReport) -> list[tuple[str, str]]:
         ("reference", report.reference),
         ("engine", f"{report.engine.name} {report.engine.version}, {report.engine.provider}"),
         ("effort", report.effort),
+        *((f"model {what}", text) for what, text in report.binding.model.facts),
         ("command", shlex.join(report.command)),
         *((f"version of {name}", value) for name, value in sorted(report.versions.items())),
         *((f"sha256 of checkpoint {name}", value) for name, value in sorted(report.binding.checkpoint.items())),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gptoss_export.validators.report.schema import ParityReport
 from gptoss_export.validators.report.sections import sections
 from gptoss_export.validators.report.table import Section, Table
-from gptoss_export.validators.report.text import verdict_sentence, verdict_word
+from gptoss_export.validators.report.text import model_sentence, verdict_sentence, verdict_word
 
 LARGEST = 65_000
 ROWS_SHOWN = (200, 60, 30, 12, 4)
@@ -20,9 +20,10 @@ END = "\n\nCut here: the whole report is parity.json.\n"
 def to_markdown(report: ParityReport) -> str:
     """The report as GitHub-flavoured Markdown."""
     verdict = f"**{verdict_word(report)}**: {_text(verdict_sentence(report))}"
+    head = [verdict, *([_text(model)] if (model := model_sentence(report)) else [])]
     parts = sections(report)
     for rows in ROWS_SHOWN:
-        text = "\n\n".join([verdict, *(_section(section, rows) for section in parts)]) + "\n"
+        text = "\n\n".join([*head, *(_section(section, rows) for section in parts)]) + "\n"
         if len(text) < LARGEST:
             return text
     return text[: LARGEST - len(END) - 1] + END
@@ -54,4 +55,4 @@ def _text(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\*_\[\]<>|`#])", r"\\\1", text)
+    return re.sub(r"([\\*_\[\]<>|`#&~])", r"\\\1", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -14,11 +14,13 @@ from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.validators.report.bounds import item_bounds, number_bounds
 from gptoss_export.validators.report.checks import InvalidReport, check_report
 from gptoss_export.validators.report.schema import SCHEMA_VERSION, ParityReport
+from gptoss_export.validators.verdict import Verdict
 
 T = TypeVar("T")
 
 _UNREADABLE = "the parity report cannot be read"
 _NEXT_STEP = "Run `gptoss-export validate` on the artifact."
+_UNREAD = {"passed": True, "failures": []}
 
 
 def from_json(data: bytes | str) -> ParityReport:
@@ -28,13 +30,15 @@ def from_json(data: bytes | str) -> ParityReport:
     try:
         if found.get("schema_version") != SCHEMA_VERSION:
             raise InvalidReport(f"its schema_version is not {SCHEMA_VERSION!r}, the one that this version reads")
-        if "outcome" not in found:
-            raise InvalidReport("outcome is missing")
-        outcome = found.pop("outcome")
-        report = _read(ParityReport, found, "")
+        for name in ("verdict", "failures"):
+            if name not in found:
+                raise InvalidReport(f"{name} is missing")
+        verdict, failures = found["verdict"], found.pop("failures")
+        judged = _read(Verdict, {"passed": failures == [], "failures": failures}, "")
+        report = replace(_read(ParityReport, found | {"verdict": _UNREAD}, ""), verdict=judged)
         check_report(report)
-        if outcome != report.outcome:
-            raise InvalidReport("its outcome does not follow from its verdict and from what was executed")
+        if verdict != report.outcome:
+            raise InvalidReport("its verdict does not follow from its failures and from what was executed")
     except ValueError as error:
         reason = ascii(" ".join(str(error).split())[:300])[1:-1]
         raise NotValidatedError(f"{_UNREADABLE}: {reason}", _NEXT_STEP) from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from gptoss_export.exporter.origin import ModelName
 from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.floor import FloorRecord
 from gptoss_export.validators.gates import GatePolicy, Gates, loosened
@@ -95,10 +96,12 @@ class KLByPosition:
 
 @dataclass(frozen=True)
 class Binding:
-    """Which bytes the report speaks of: sha256 (hex) by file name, of the checkpoint and of the artifact."""
+    """Which bytes the report speaks of: sha256 (hex) by file name, of the checkpoint and of the artifact; and what the
+    checkpoint is called."""
 
     checkpoint: Mapping[str, str]
     files: Mapping[str, str]
+    model: ModelName = field(default_factory=ModelName)
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,9 @@ class ParityReport:
     """A measurement, its limits and its verdict.
 
     table_gates are policy.resolve(the floor in policy.floor_dtype), gates those with overrides, and verdict follows
-    from evidence and gates: whether what was run keeps its gates. What that means for the artifact is `outcome`.
-    floors: each type at most once. bisection: None where none was asked for. command: the command line. created_at
-    (ISO 8601, UTC) is the one field that hashes leave out.
+    from evidence and gates: whether what was run keeps its gates. parity.json has its failures, and beside them as
+    `verdict` the word for what they mean for the artifact. floors: each type at most once. bisection: None where none
+    was asked for. command: the command line. created_at (ISO 8601, UTC) is the one field that hashes leave out.
     """
 
     schema_version: str

@@ -45,12 +45,11 @@ def binding_section(report: ParityReport) -> Section:
         f"Schema {report.schema_version}; sha256 of this report without its time stamp: {content_sha256(report)}. It "
         "speaks of these bytes and no others."
     )
-    return Section(
-        "binding",
-        "Bound to",
-        lead,
-        (_hashes("checkpoint", report.binding.checkpoint), _hashes("artifact", report.binding.files)),
-    )
+    tables = [_hashes("checkpoint", report.binding.checkpoint), _hashes("artifact", report.binding.files)]
+    if facts := report.binding.model.facts:
+        rows = [(one_line(what, CELL), one_line(text, CELL)) for what, text in facts]
+        tables.insert(0, Table("model", ("what", "which"), rows))
+    return Section("binding", "Bound to", lead, tables)
 
 
 def _hashes(caption: str, files: Mapping[str, str]) -> Table:

@@ -114,6 +114,13 @@ def _extent(report: ParityReport) -> str:
     return f"{plural(0 if texts is None else texts.positions, 'distinct position')}, {asked}"
 
 
+def model_sentence(report: ParityReport) -> str:
+    """What the model is called and where it came from; empty where neither is known."""
+    model = report.binding.model
+    named = ", from ".join(filter(None, (model.name, model.source)))
+    return f"The model: {named}." if named else ""
+
+
 def failure_text(failure: Failure) -> str:
     """`max_kl_mean in decode (2e-09, limit 1e-09)`, or that nothing was measured."""
     where = one_line(failure.where, 160)
