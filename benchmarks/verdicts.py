@@ -81,11 +81,11 @@ def main() -> None:
         targets = [word for name in TARGETS for word in ("--target", name)]
         export = [GPTOSS, *targets, "--model", TINY, "--output", artifacts, "--parity", "off", "--allow-unexecuted"]
         run(export)
-    done = {row["draw"] for row in rows(log)}
+    done = {(row["draw"], row["target"]) for row in rows(log)}
     given = environments()
     jobs: dict[int, list[int]] = defaultdict(list)
     for draw in range(arguments.draws):
-        if draw not in done:
+        if any((draw, target) not in done for target in arguments.targets):
             jobs[draw % len(given)].append(draw)
     waiting = [(given[k], draws) for k, draws in jobs.items()]
     running: list[subprocess.Popen[bytes]] = []
@@ -133,6 +133,7 @@ def work(folder: Path, targets: Sequence[str], environment: Mapping[str, str], d
     text = encode(load_tokenizer(checkpoint), (TINY / "heldout.txt").read_text())
     opened = {name: Opened(folder / "artifacts" / name, name, checkpoint, threads) for name in targets}
     name = " ".join(f"{key}={value}" for key, value in environment.items())
+    done = {(row["draw"], row["target"]) for row in rows(folder / "draws.jsonl")}
     for draw in draws:
         random = np.random.default_rng(draw)
         lengths = default_lengths(checkpoint.config, "quick")
@@ -142,6 +143,8 @@ def work(folder: Path, targets: Sequence[str], environment: Mapping[str, str], d
         reference = run_reference(checkpoint, [Probe(f"text-{k}", ids) for k, ids in enumerate(cut)])
         floors = {dtype: measure_floor(checkpoint, reference, dtype) for dtype in ("bfloat16", "float16")}
         for target, artifact in opened.items():
+            if (draw, target) in done:
+                continue
             gates = GATES[target].resolve(floors.get(GATES[target].floor_dtype or ""))
             judged = cases(artifact.evidence(reference), gates)
             row = {

@@ -21,6 +21,13 @@ from gptoss_export.exporter.checkpoint.mxfp4 import decode_bf16
 from gptoss_export.exporter.checkpoint.open import open_checkpoint, read_tensor
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout
 from gptoss_export.exporter.graph.build import build_graph
+from gptoss_export.validators.evidence import Evidence
+from gptoss_export.validators.gates import Gates
+from gptoss_export.validators.positions import Texts
+from gptoss_export.validators.reference import Reference
+from gptoss_export.validators.scenario_run import ScenarioRun
+from gptoss_export.validators.scenarios import SCENARIOS
+from gptoss_export.validators.verdict import Case, cases
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +44,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTOSS_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def failing_texts() -> Callable[[ScenarioRun, Reference, Gates, float | None], list[Case]]:
+    """The gates of scenarios and of all texts that a run did not keep, where every router has so much noise: with 0
+    every position is settled and has the narrow gates, with None none is."""
+
+    def failing(found: ScenarioRun, reference: Reference, gates: Gates, noise: float | None) -> list[Case]:
+        layers = reference.config.num_layers
+        texts = Texts(reference, [noise] * layers)
+        evidence = Evidence(layers, found.results(texts), found.pooled(texts), None, (), None, (), (), "")
+        places = {"texts", *SCENARIOS, *(f"settled positions of {name}" for name in SCENARIOS)}
+        return [case for case in cases(evidence, gates) if case.where in places and not case.kept]
+
+    return failing
 
 
 @pytest.fixture(scope="session")

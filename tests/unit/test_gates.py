@@ -55,6 +55,8 @@ def test_the_gates_of_the_targets() -> None:
             assert policy.resolve(None) == policy.absolute
     assert GATES["onnx"].absolute == EXACT
     assert (EXACT.max_kl_mean, EXACT.max_kl_median, EXACT.max_kl_position) == (1e-9, 1e-9, 1e-8)
+    int8 = GATES["ort-cpu-int8"].absolute
+    assert (int8.max_kl_mean, int8.max_kl_median, int8.max_self_diff) == (1e-3, 5e-3, 1e-3)
     assert (EXACT.max_logit_diff, EXACT.max_diverged) == (1e-4, 0.0)
 
 
