@@ -26,11 +26,12 @@ from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.graph.build import build_graph
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
+from gptoss_export.exporter.planning.request import Effort
 from gptoss_export.validators.floor import measure_floor
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.parity import Subject, Yardstick, validate
 from gptoss_export.validators.probes import default_probes
-from gptoss_export.validators.reference import run_reference
+from gptoss_export.validators.reference import Reference, run_reference
 from gptoss_export.validators.report.schema import Binding, Engine, ParityReport
 
 Change = Callable[[ir.Model, Checkpoint, Path], object]
@@ -193,8 +194,8 @@ ENDS = {"embedding": "The embedding:", "norm": "The final norm:", "lm_head": "lm
 
 
 @pytest.fixture(scope="module")
-def yardstick(tiny: Checkpoint) -> Yardstick:
-    return Yardstick(run_reference(tiny, default_probes(tiny, "quick")), "quick", {})
+def yardstick(run_of: Callable[[Effort], Reference]) -> Yardstick:
+    return Yardstick(run_of("quick"), "quick", {})
 
 
 @pytest.fixture(scope="module")

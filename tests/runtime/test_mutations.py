@@ -19,9 +19,9 @@ from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
+from gptoss_export.exporter.planning.request import Effort
 from gptoss_export.validators.gates import GATES, Gates
-from gptoss_export.validators.probes import default_probes
-from gptoss_export.validators.reference import Reference, run_reference
+from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.scenario_run import run_scenarios
 from gptoss_export.validators.verdict import Case, scenario_cases
 
@@ -99,13 +99,9 @@ INT8 = "ort-cpu-int8"
 
 
 @pytest.fixture(scope="module")
-def references(tiny: Checkpoint) -> Callable[[str], Reference]:
+def references(run_of: Callable[[Effort], Reference]) -> Callable[[str], Reference]:
     """For a target, the reference in full probes where weights are rounded, since the quick ones show too little."""
-
-    @cache
-    def run(effort: str) -> Reference:
-        return run_reference(tiny, default_probes(tiny, "full" if effort == "full" else "quick"))
-
+    run = cache(run_of)
     return lambda target: run("full" if target == INT8 else "quick")
 
 
