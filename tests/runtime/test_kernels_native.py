@@ -16,8 +16,7 @@ PACKAGE_MISSING = 77
 
 def compiled() -> Path | None:
     """The package's own kernels, where they are in its build tree and of these very sources."""
-    sources = [SOURCES / "CMakeLists.txt", *SOURCES.glob("*.cc"), *SOURCES.glob("*.h")]
-    newest = max(path.stat().st_mtime for path in sources)
+    newest = max(path.stat().st_mtime for path in (*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")))
     found = [path for path in (ROOT / "build").glob("*/libgptoss_kernels.a") if path.stat().st_mtime > newest]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
