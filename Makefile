@@ -38,8 +38,14 @@ demo: $(VENV)/.package
 	@printf '\n%s' "$(PROMPT)"
 	@$(BIN)/gptoss-export --quiet generate demo/release --prompt "$(PROMPT)"
 
+# File by file on as many workers as cores and memory bear (tests/conftest.py), then alone what nothing may run beside.
+# Both run in any case. 5 is pytest's exit code where none of the tests asked for is of that kind.
 test: $(VENV)/.tools $(VENV)/.package
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not serial" $(PYTEST_ARGS); beside=$$?; \
+	$(BIN)/python -m pytest -m serial $(PYTEST_ARGS); alone=$$?; \
+	[ $$beside -ne 5 ] || exit $$alone; \
+	[ $$alone -ne 5 ] || exit $$beside; \
+	exit $$((beside ? beside : alone))
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +14,20 @@ import jsonschema
 import numpy as np
 import onnx_ir as ir
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from gptoss_export.engines.build_info import BuildSettings
+from gptoss_export.engines.memory import machine_memory
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.config import ModelConfig
 from gptoss_export.exporter.checkpoint.layouts import StoredTensor, stored_tensors
 from gptoss_export.exporter.checkpoint.mxfp4 import decode_bf16
 from gptoss_export.exporter.checkpoint.open import open_checkpoint, read_tensor
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout
+from gptoss_export.exporter.graph import build as graph_build
 from gptoss_export.exporter.graph.build import build_graph
+from gptoss_export.exporter.weights import hash_files
 from gptoss_export.validators.evidence import Evidence
 from gptoss_export.validators.gates import Gates
 from gptoss_export.validators.positions import Texts
@@ -33,16 +40,68 @@ if TYPE_CHECKING:
     import torch
     from transformers import GptOssForCausalLM
 
+    from gptoss_export.exporter.planning.request import Effort
+    from gptoss_export.validators.floor import FloorDtype, FloorRecord
+    from gptoss_export.validators.reference import Reference
+
 # How fast examples are drawn says something about the machine, nothing about the code.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
 
+MOST_WORKERS = 4
+WORKER_BYTES = 3 << 30
+"""What a worker and the exports that it starts have taken, and then some."""
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker a core, as far as memory goes; more than a few only make the same fixtures again."""
+    return max(1, min(cores(), MOST_WORKERS, (machine_memory() or WORKER_BYTES) // WORKER_BYTES))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers inherit their share of the cores; twice as many threads as cores take more than twice as long."""
+    if workers := config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, the same one for all of its workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder by its name, filled by whoever wants it first. It is read, never changed: others have it too."""
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, begun = shared / name, shared / f"{name}.partial"
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(begun, ignore_errors=True)
+                begun.mkdir()
+                fill(begun)
+                begun.rename(folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache(shared: Path) -> Iterator[None]:
     """Runs of the reference are shared by the tests of a run, and by nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPTOSS_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GPTOSS_EXPORT_CACHE", str(shared / "cache"))
         yield
 
 
@@ -113,20 +172,62 @@ def tiny_graph(tiny: Checkpoint) -> ir.Model:
     return build_graph(tiny.config, tiny.layout)
 
 
+@pytest.fixture(scope="module")
+def known_graph(tiny: Checkpoint, tiny_graph: ir.Model) -> Iterator[None]:
+    """Spares the commands of a module the tracing of the small checkpoint: what they build from is the same graph."""
+    trace = graph_build.build_graph
+
+    def known(config: ModelConfig, layout: Layout) -> ir.Model:
+        return tiny_graph.clone() if (config, layout) == (tiny.config, tiny.layout) else trace(config, layout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_build, "build_graph", known)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny_builds(tiny: Checkpoint, tiny_graph: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tiny_builds(
+    tiny: Checkpoint, tiny_graph: ir.Model, once: Callable[[str, Callable[[Path], object]], Path]
+) -> dict[str, Path]:
     """For each target of ONNX Runtime, a folder with model.onnx and its weights."""
-    folders = {}
-    for name, target in TARGETS.items():
-        if name.startswith("trt-"):
-            continue
-        folders[name] = tmp_path_factory.mktemp(name)
-        weights = folders[name] / "weights"
+
+    def build(target: str, folder: Path) -> None:
+        weights = folder / "weights"
         weights.mkdir()
         for file in tiny.weight_files:
             (weights / file.name).write_bytes(file.read_bytes())
-        target.build(tiny_graph, tiny, folders[name], "weights", BuildSettings())
-    return folders
+        TARGETS[target].build(tiny_graph, tiny, folder, "weights", BuildSettings())
+
+    return {name: once(name, partial(build, name)) for name in TARGETS if not name.startswith("trt-")}
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny: Checkpoint) -> dict[str, str]:
+    """sha256 of the small checkpoint's files, by which the cache knows runs of its reference."""
+    paths = {path.name: path for path in (tiny.root / "config.json", *tiny.weight_files, *tiny.side_files)}
+    return {name: record.sha256 for name, record in hash_files(paths).items()}
+
+
+@pytest.fixture(scope="session")
+def run_of(tiny: Checkpoint, tiny_files: dict[str, str]) -> Callable[[Effort], Reference]:
+    """The reference in the probes of an effort: one run for all tests that are about something else."""
+    from gptoss_export.validators.probes import default_probes
+    from gptoss_export.validators.reference_cache import default_cache, reference_for
+
+    return lambda effort: reference_for(
+        tiny, tiny_files, default_probes(tiny, effort), "float32", cache=default_cache()
+    )
+
+
+@pytest.fixture(scope="session")
+def floor_of(
+    tiny: Checkpoint, tiny_files: dict[str, str], run_of: Callable[[Effort], Reference]
+) -> Callable[[FloorDtype], FloorRecord]:
+    """The noise floor of a type in the quick probes, likewise."""
+    from gptoss_export.validators.floor import measure_floor
+    from gptoss_export.validators.reference_cache import default_cache
+
+    return lambda dtype: measure_floor(tiny, run_of("quick"), dtype, files=tiny_files, cache=default_cache())
 
 
 @pytest.fixture(scope="session")

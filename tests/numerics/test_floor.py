@@ -16,11 +16,12 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
+from gptoss_export.exporter.planning.request import Effort
 from gptoss_export.validators import floor as floor_module
 from gptoss_export.validators.floor import FloorDtype, FloorRecord, measure_floor, run_floor
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.metrics import Accumulator
-from gptoss_export.validators.probes import Probe, default_probes
+from gptoss_export.validators.probes import Probe
 from gptoss_export.validators.reference import Reference, run_reference
 
 DTYPES: tuple[FloorDtype, ...] = ("float16", "bfloat16")
@@ -32,8 +33,8 @@ def checkpoint(tiny_dir: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Checkpoint) -> Reference:
-    return run_reference(checkpoint, default_probes(checkpoint, "quick"))
+def reference(run_of: Callable[[Effort], Reference]) -> Reference:
+    return run_of("quick")
 
 
 @pytest.fixture(scope="module")

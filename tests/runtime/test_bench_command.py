@@ -23,7 +23,7 @@ SPEED = Bandwidth(Spread(1e9, 9e8, 2e9), 2, 128, 5, 2.0)
 
 
 @pytest.fixture(scope="module")
-def release(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(tiny_dir: Path, known_graph: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench") / "release"
     export = ["--quiet", "--target", "ort-cpu", "--model", str(tiny_dir), "--output", str(out), "--parity", "off"]
     assert cli.main(export) == 0

@@ -61,7 +61,7 @@ print(json.dumps({"mapped": mapped, "tokens": tokens}))
 
 
 @pytest.fixture(scope="module")
-def release(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(tiny_dir: Path, known_graph: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both targets that have kernels."""
     out = tmp_path_factory.mktemp("bundle") / "release"
     targets = ["--target", "ort-cpu", "--target", "ort-cpu-int8"]

@@ -9,16 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gptoss_export.exporter import cli
 from gptoss_export.exporter.artifact import RECORD_NAMES, read_manifest, verify_files
-from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.synth import SynthShape, synthesize
 from gptoss_export.exporter.checkpoint.tensors import Layout
-from gptoss_export.exporter.graph import build
 from gptoss_export.validators.report import content_sha256, read_report
 
 PROMPT = "The import statement"
@@ -64,18 +61,6 @@ def release(
     assert one_after_the_other <= run_seconds["total"]
     assert "Traceback" not in done.stderr
     return out
-
-
-@pytest.fixture
-def same_graph(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces the small checkpoint once for all tests that are about something else."""
-    if not _GRAPHS:
-        checkpoint = open_checkpoint(tiny_dir)
-        _GRAPHS.append(build.build_graph(checkpoint.config, checkpoint.layout))
-    monkeypatch.setattr(build, "build_graph", lambda *_: _GRAPHS[0])
-
-
-_GRAPHS: list[Any] = []
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu"])
@@ -169,7 +154,7 @@ def test_generate_with_ids_and_without_a_tokenizer(
     assert run(capsys, *ids[:4], "--max-new-tokens", "5000").code == 60
 
 
-@pytest.mark.usefixtures("same_graph")
+@pytest.mark.usefixtures("known_graph")
 @pytest.mark.parametrize("mode", ["hardlink", "in-place"])
 def test_the_other_ways_to_place_weights(
     mode: str, tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -189,7 +174,7 @@ def test_the_other_ways_to_place_weights(
     assert run(capsys, *args, "--force").code == 0
 
 
-@pytest.mark.usefixtures("same_graph")
+@pytest.mark.usefixtures("known_graph")
 def test_force_replaces_only_when_the_new_artifact_is_complete(
     release: Path, tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,13 +24,13 @@ from gptoss_export.engines.tensorrt.precision import Precision
 from gptoss_export.engines.tensorrt.target import open_graph, write_graph
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
-from gptoss_export.exporter.graph.build import build_graph
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
+from gptoss_export.exporter.planning.request import Effort
 from gptoss_export.validators.floor import measure_floor
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.parity import Subject, Yardstick, validate
 from gptoss_export.validators.probes import default_probes
-from gptoss_export.validators.reference import run_reference
+from gptoss_export.validators.reference import Reference, run_reference
 from gptoss_export.validators.report.schema import Binding, Engine, ParityReport
 
 Change = Callable[[ir.Model, Checkpoint, Path], object]
@@ -193,8 +193,8 @@ ENDS = {"embedding": "The embedding:", "norm": "The final norm:", "lm_head": "lm
 
 
 @pytest.fixture(scope="module")
-def yardstick(tiny: Checkpoint) -> Yardstick:
-    return Yardstick(run_reference(tiny, default_probes(tiny, "quick")), "quick", {})
+def yardstick(run_of: Callable[[Effort], Reference]) -> Yardstick:
+    return Yardstick(run_of("quick"), "quick", {})
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +282,13 @@ def loud(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint
     return open_checkpoint(folder / "weights")  # again: a file that changed since is refused
 
 
-def test_an_overflow_of_float16_is_caught_and_named(loud: Checkpoint, tmp_path: Path, matrix: list[str]) -> None:
+def test_an_overflow_of_float16_is_caught_and_named(
+    loud: Checkpoint, tiny: Checkpoint, tiny_graph: ir.Model, tmp_path: Path, matrix: list[str]
+) -> None:
     target, options = "trt-fp16", EngineOptions(flavor="rtx", plugin=False)
     copy_weights(loud, tmp_path)
-    graph = build_graph(loud.config, loud.layout)
-    inputs, _ = write_graph(Precision.FP16, graph, loud, tmp_path, "weights", BuildSettings(options))
+    assert (loud.config, loud.layout) == (tiny.config, tiny.layout)
+    inputs, _ = write_graph(Precision.FP16, tiny_graph, loud, tmp_path, "weights", BuildSettings(options))
     sizes = {name: getattr(options, name) for name in ("max_batch", "max_prompt", "max_context", "max_logits")}
     write_metadata(
         EngineMetadata("rtx", "1.7.1.116", ("8.0+",), "fp16", "external", **sizes, plugin=False,

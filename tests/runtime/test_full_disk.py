@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import pytest
 
 from gptoss_export.engines.tensorrt.build import build_engine
@@ -24,15 +23,8 @@ from gptoss_export.engines.tensorrt.options import EngineOptions
 from gptoss_export.exporter import cli, pipeline, shared_stages
 from gptoss_export.exporter.checkpoint import open as open_module
 from gptoss_export.exporter.errors import DiskSpaceError, OutOfMemoryError
-from gptoss_export.exporter.graph import build as build_module
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def known_graph(tiny_graph: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tracing is not what is tested here."""
-    monkeypatch.setattr(build_module, "build_graph", lambda config, layout: tiny_graph.clone())
 
 
 @contextmanager

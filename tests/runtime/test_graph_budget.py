@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 SCRIPT = """
 from gptoss_export.exporter.checkpoint.config import parse_config
@@ -19,9 +18,8 @@ assert list(experts[35].inputs[3].shape) == [128, 5760, 90, 16]
 
 
 def test_a_120b_graph_takes_seconds_and_little_memory() -> None:
-    started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", SCRIPT])
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
     assert usage.ru_maxrss * 1024 <= 1.5 * 2**30
-    assert time.monotonic() - started <= 90
+    assert usage.ru_utime + usage.ru_stime <= 90

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -14,13 +14,13 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from gptoss_export.engines.build_info import BuildSettings
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
-from gptoss_export.exporter.checkpoint.tensors import Checkpoint, Layout
+from gptoss_export.exporter.checkpoint.tensors import Layout
 from gptoss_export.exporter.graph.build import build_graph
-from gptoss_export.validators.floor import measure_floor
+from gptoss_export.exporter.planning.request import Effort
+from gptoss_export.validators.floor import FloorDtype, FloorRecord
 from gptoss_export.validators.gates import GATES, GatePolicy
 from gptoss_export.validators.parity import Subject, Yardstick, validate
-from gptoss_export.validators.probes import default_probes
-from gptoss_export.validators.reference import run_reference
+from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.report.schema import Binding, Engine, ParityReport
 
 BLOCK = 32
@@ -57,9 +57,8 @@ def requantised(tiny_layouts: Mapping[Layout, Path], tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="module")
-def yardstick(tiny: Checkpoint) -> Yardstick:
-    reference = run_reference(tiny, default_probes(tiny, "quick"))
-    return Yardstick(reference, "quick", {"bfloat16": measure_floor(tiny, reference, "bfloat16")})
+def yardstick(run_of: Callable[[Effort], Reference], floor_of: Callable[[FloorDtype], FloorRecord]) -> Yardstick:
+    return Yardstick(run_of("quick"), "quick", {"bfloat16": floor_of("bfloat16")})
 
 
 # The gates of a target that reads the experts as they are, of the loosest target on a CPU, and of rounding to bfloat16.

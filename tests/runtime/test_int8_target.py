@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def release(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(tiny_dir: Path, known_graph: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the command makes it, with parity in full."""
     out = tmp_path_factory.mktemp("int8") / "release"
     export = ["-q", "--target", TARGET, "--model", str(tiny_dir), "--output", str(out), "--parity", "full"]

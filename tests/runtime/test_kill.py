@@ -22,6 +22,8 @@ from gptoss_export.exporter import interrupt
 from gptoss_export.exporter.artifact import read_manifest
 from gptoss_export.exporter.weights import FileRecord, hash_files
 
+pytestmark = pytest.mark.serial
+
 DRIVER = """
 import json, os, signal, sys
 os.environ |= {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1700000000"}

@@ -18,10 +18,10 @@ from gptoss_export.engines.runner import Runner
 from gptoss_export.engines.targets import TARGETS
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.model.gpt_oss import inverse_frequencies
+from gptoss_export.exporter.planning.request import Effort
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.parity import Subject, Yardstick, validate
-from gptoss_export.validators.probes import default_probes
-from gptoss_export.validators.reference import Reference, run_reference
+from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.report.schema import Binding, Engine
 from gptoss_export.validators.scenario_run import run_scenarios
 from gptoss_export.validators.verdict import Case, cases
@@ -100,8 +100,8 @@ INT8 = "ort-cpu-int8"
 
 
 @pytest.fixture(scope="module")
-def reference(tiny: Checkpoint) -> Reference:
-    return run_reference(tiny, default_probes(tiny, "quick"))
+def reference(run_of: Callable[[Effort], Reference]) -> Reference:
+    return run_of("quick")
 
 
 Failures = Callable[[Path, Runner, str], list[Case]]

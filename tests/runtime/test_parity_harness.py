@@ -16,7 +16,8 @@ from gptoss_export.engines.runner import Step
 from gptoss_export.exporter.checkpoint.open import open_checkpoint
 from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.errors import NotValidatedError, SessionError
-from gptoss_export.validators.floor import FloorRecord, measure_floor
+from gptoss_export.exporter.planning.request import Effort
+from gptoss_export.validators.floor import FloorDtype, FloorRecord
 from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.metrics import Metrics
 from gptoss_export.validators.parity import Subject, Yardstick, validate
@@ -66,13 +67,13 @@ def checkpoint(tiny_dir: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Checkpoint) -> Reference:
-    return run_reference(checkpoint, default_probes(checkpoint, "quick"))
+def reference(run_of: Callable[[Effort], Reference]) -> Reference:
+    return run_of("quick")
 
 
 @pytest.fixture(scope="module")
-def floor(checkpoint: Checkpoint, reference: Reference) -> FloorRecord:
-    return measure_floor(checkpoint, reference, "bfloat16")
+def floor(floor_of: Callable[[FloorDtype], FloorRecord]) -> FloorRecord:
+    return floor_of("bfloat16")
 
 
 @pytest.fixture
@@ -123,9 +124,9 @@ def test_the_model_itself_passes_every_scenario(
 
 
 def test_the_model_itself_passes_at_full_effort(
-    model: GptOssForCausalLM, checkpoint: Checkpoint, failures: Failures
+    model: GptOssForCausalLM, run_of: Callable[[Effort], Reference], failures: Failures
 ) -> None:
-    full = run_reference(checkpoint, default_probes(checkpoint, "full"))
+    full = run_of("full")
     assert not failures(run(TransformersRunner(model), full, "full"), reference=full)
     assert sum(len(probe.ids) for probe in full.probes) > 400
 

@@ -63,6 +63,7 @@ def python(code: str, *args: str, **options: Any) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.serial
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from gptoss_export.exporter.cli import main; code = main(['--help'])\n"

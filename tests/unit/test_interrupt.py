@@ -63,6 +63,7 @@ sys.exit(cli.main(["--target", "onnx", "--model", "m", "--output", sys.argv[1]])
 """
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("finished", ["finished", "unfinished"])
 @pytest.mark.parametrize("work", ["idle", "busy", "deaf", "destructor", "importing", "library"])
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
