@@ -9,11 +9,14 @@ Both are exact tests, no approximations: the tail of the binomial distribution, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import exp, fsum, lgamma, log, log1p
+import math
 
 LEVEL = 0.999
 """So surely a count above a bound is no chance: a correct artifact is above it once in a thousand runs at most."""
+
+
+MOST_EVENTS = 10**6
+"""Beyond so many, Chernoff's bound takes the place of the sum, which it is never below."""
 
 
 def most_by_chance(positions: int, rate: float, level: float = LEVEL) -> int:
@@ -21,14 +24,14 @@ def most_by_chance(positions: int, rate: float, level: float = LEVEL) -> int:
     probability `rate`, 0 to 1. Raises ValueError for a rate that is none, or fewer than 0 positions."""
     if positions < 0 or not 0 <= rate <= 1:
         raise ValueError(f"a rate of {rate} over {positions} positions")
-    if rate in (0.0, 1.0):
-        return round(rate * positions)
-    below = 0.0
-    for count in range(positions):
-        below += _probability(positions, count, rate)
-        if below >= level:
-            return count
-    return positions
+    low, high = 0, positions
+    while low < high:  # the tail falls with the count
+        middle = (low + high) // 2
+        if at_least(middle + 1, positions - middle - 1, rate) <= 1 - level:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def most_beside(known: int, of: int, positions: int, level: float = LEVEL) -> int:
@@ -42,9 +45,9 @@ def most_beside(known: int, of: int, positions: int, level: float = LEVEL) -> in
         raise ValueError(f"{known} of {of} positions are no sample for {positions} others")
     share = positions / (positions + of)
     low, high = 0, positions
-    while low < high:  # the tail falls with the count
+    while low < high:
         middle = (low + high + 1) // 2
-        if _tail(known + middle, middle, share) > 1 - level:
+        if at_least(middle, known, share) > 1 - level:
             low = middle
         else:
             high = middle - 1
@@ -58,17 +61,24 @@ def median_below(positions: int, level: float = LEVEL) -> int | None:
     return positions - 1 - beyond if beyond < positions else None
 
 
-def _tail(trials: int, least: int, rate: float) -> float:
-    """The probability of at least so many."""
-    return fsum(_terms(trials, range(least, trials + 1), rate))
-
-
-def _terms(trials: int, counts: Iterable[int], rate: float) -> Iterable[float]:
-    return (_probability(trials, count, rate) for count in counts)
-
-
-def _probability(trials: int, count: int, rate: float) -> float:
-    if rate == 0:
-        return float(count == 0)
-    ways = lgamma(trials + 1) - lgamma(count + 1) - lgamma(trials - count + 1)
-    return exp(ways + count * log(rate) + (trials - count) * log1p(-rate))
+def at_least(events: int, others: int, share: float) -> float:
+    """P(X >= events) of X binomial over events + others with this share, 0 to 1; 1 where X is not above its mean."""
+    total = events + others
+    if events <= total * share:
+        return 1.0
+    if not share:
+        return 0.0
+    if total > MOST_EVENTS:
+        part = events / total
+        gap = part * math.log(part / share) + ((1 - part) * math.log((1 - part) / (1 - share)) if others else 0.0)
+        return math.exp(-total * gap)
+    odds = share / (1 - share)
+    first = math.lgamma(total + 1) - math.lgamma(events + 1) - math.lgamma(others + 1)
+    first += events * math.log(share) + others * math.log1p(-share)
+    sum_of, term = 1.0, 1.0
+    for k in range(events, total):
+        term *= (total - k) / (k + 1) * odds
+        sum_of += term
+        if term < 1e-17 * sum_of:
+            break
+    return min(1.0, math.exp(first) * sum_of)

@@ -129,8 +129,9 @@ def compare_layers(
     reached: list[int | None] = [None] * len(experts[0])
     layers: list[RoutingLayer] = []
     worst: list[Flip] = []
-    for n, (of_reference, taken, *errors) in enumerate(zip(logits, experts, router_errors, replay_errors, strict=True)):
-        layer, flips = compare_layer(n, of_reference, taken, *errors, tuple(reached))
+    of_layers = zip(logits, experts, router_errors, replay_errors, strict=True)
+    for n, (of_reference, taken, error, noise) in enumerate(of_layers):
+        layer, flips = compare_layer(n, of_reference, taken, error, noise, tuple(reached))
         layers.append(layer)
         worst = sorted([*worst, *flips], key=lambda flip: -flip.margin)[:WORST_FLIPS]
         for flip in flips:

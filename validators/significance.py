@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+from gptoss_export.validators.binomial import at_least
 from gptoss_export.validators.figures import Figure
 
 TOLERANCE = 1.5
@@ -30,9 +31,6 @@ MATTERS = 0.01
 
 LEVEL = 1e-3
 """One-sided, of each kind of count; scenarios repeat the same positions and are one, layers divide it among them."""
-
-MOST_EVENTS = 10**6
-"""Beyond so many, Chernoff's bound takes the place of the sum, which it is never below."""
 
 
 def grew(was: Figure, now: Figure, tolerance: float = TOLERANCE) -> bool:
@@ -74,29 +72,6 @@ def _chance_of_count(was: Figure, now: Figure, old_limit: float | None, new_limi
         return 1.0
     events, others = (int((side.badness or 0) / side.repeats) for side in (now, was))
     return at_least(events, others, after / (before + after))
-
-
-def at_least(events: int, others: int, share: float) -> float:
-    """P(X >= events) of X binomial over events + others with this share, 0 to 1; 1 where X is not above its mean."""
-    total = events + others
-    if events <= total * share:
-        return 1.0
-    if not share:
-        return 0.0
-    if total > MOST_EVENTS:
-        part = events / total
-        gap = part * math.log(part / share) + ((1 - part) * math.log((1 - part) / (1 - share)) if others else 0.0)
-        return math.exp(-total * gap)
-    odds = share / (1 - share)
-    first = math.lgamma(total + 1) - math.lgamma(events + 1) - math.lgamma(others + 1)
-    first += events * math.log(share) + others * math.log1p(-share)
-    sum_of, term = 1.0, 1.0
-    for k in range(events, total):
-        term *= (total - k) / (k + 1) * odds
-        sum_of += term
-        if term < 1e-17 * sum_of:
-            break
-    return min(1.0, math.exp(first) * sum_of)
 
 
 def floor(was: Figure, now: Figure) -> float:

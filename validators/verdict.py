@@ -172,9 +172,10 @@ def _texts(evidence: Evidence, gates: Gates) -> Iterator[Case]:
 
 def most_diverged(token_layers: int, gates: Gates) -> int:
     """How many of so many tokens x layers may diverge."""
+    rate = min(gates.max_diverged, 1.0)
     if "max_diverged" in gates.by_hand:
-        return math.floor(gates.max_diverged * token_layers + CLOSE)
-    most = most_by_chance(token_layers, gates.max_diverged)
+        return math.floor(rate * token_layers + CLOSE)
+    most = most_by_chance(token_layers, rate)
     if gates.beside is None:
         return most
     return max(most, most_beside(gates.beside.diverged, gates.beside.token_layers, token_layers))

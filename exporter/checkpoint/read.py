@@ -1,8 +1,9 @@
-"""The only place where bytes of tensors are read: always through a memory map, never more than asked for."""
+"""The only place where bytes of tensors are read, never more than asked for: through a memory map, but for a scan,
+which a file that is cut short meanwhile must not end with a SIGBUS."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from gptoss_export.exporter.errors import IntegrityError, InvalidScaleError, Tru
 
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
 
-# Pages of a map count as resident until it is closed, so scans go on in windows of this many bytes.
+# What a scan holds at a time, in bytes.
 SCAN_BYTES = 64 << 20
 
 NAN_SCALE = 255
@@ -41,7 +42,7 @@ def check_scales(checkpoint: Checkpoint) -> None:
     for ref in checkpoint.tensors.values():
         if ref.name.endswith("_scales"):
             for start in range(0, ref.nbytes, SCAN_BYTES):
-                window = _map(ref, ref.offset + start, min(SCAN_BYTES, ref.nbytes - start), DTYPES["U8"])
+                window = _read(ref, ref.offset + start, min(SCAN_BYTES, ref.nbytes - start))
                 if window.max() == NAN_SCALE:
                     _refuse_scale(ref, start + int(np.argmax(window)))
 
@@ -56,16 +57,35 @@ def _refuse_scale(ref: TensorRef, index: int) -> None:
 
 def _map(ref: TensorRef, offset: int, nbytes: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     with open_regular(ref.file) as f:
-        stamp = stamp_of(f)
-        if offset + nbytes > stamp.nbytes:
-            raise TruncatedFileError(
-                f"{ref.file} has {stamp.nbytes} bytes, and {ref.name} ends at {ref.offset + ref.nbytes}: it was cut "
-                "short since it was opened",
-                "Leave the checkpoint alone while it is read; download it again if it stays so.",
-            )
-        if ref.stamp is not None and ref.stamp != stamp:
-            raise IntegrityError(
-                f"{ref.file} is not the file whose header was checked: it was replaced or written to since",
-                "Leave the checkpoint alone while it is read, then run again.",
-            )
+        _check(ref, f, offset + nbytes)
         return np.memmap(f, dtype=dtype, mode="r", offset=offset, shape=(nbytes // dtype.itemsize,))
+
+
+def _read(ref: TensorRef, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    with open_regular(ref.file) as f:
+        _check(ref, f, offset + nbytes)
+        f.seek(offset)
+        data = f.read(nbytes)
+    if len(data) < nbytes:
+        raise _cut_short(ref, offset + len(data))
+    return np.frombuffer(data, np.uint8)
+
+
+def _check(ref: TensorRef, file: BinaryIO, end: int) -> None:
+    """Raises what `read_tensor` does for a file that is not as its header was, or ends before `end`."""
+    stamp = stamp_of(file)
+    if end > stamp.nbytes:
+        raise _cut_short(ref, stamp.nbytes)
+    if ref.stamp is not None and ref.stamp != stamp:
+        raise IntegrityError(
+            f"{ref.file} is not the file whose header was checked: it was replaced or written to since",
+            "Leave the checkpoint alone while it is read, then run again.",
+        )
+
+
+def _cut_short(ref: TensorRef, nbytes: int) -> TruncatedFileError:
+    return TruncatedFileError(
+        f"{ref.file} has {nbytes} bytes, and {ref.name} ends at {ref.offset + ref.nbytes}: it was cut short since it "
+        "was opened",
+        "Leave the checkpoint alone while it is read; download it again if it stays so.",
+    )

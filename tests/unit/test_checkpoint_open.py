@@ -501,6 +501,21 @@ def test_files_that_shrink_after_opening(copy):
         read_tensor(ref)
 
 
+def test_scales_that_are_cut_off_while_they_are_read(copy, monkeypatch):
+    """A page of a map that is behind the end of its file would end the process."""
+    checkpoint = open_checkpoint(copy("single"))
+    ref, check = checkpoint.tensors[SCALES], reading._check
+
+    def cut(of, file, end):
+        check(of, file, end)
+        if of is ref:
+            os.truncate(ref.file, ref.offset)
+
+    monkeypatch.setattr(reading, "_check", cut)
+    with pytest.raises(TruncatedFileError, match=SCALES):
+        check_scales(checkpoint)
+
+
 def test_files_that_are_swapped_or_written_to_after_opening(copy):
     root = copy("single")
     checkpoint = open_checkpoint(root)

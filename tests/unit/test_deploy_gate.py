@@ -34,7 +34,7 @@ from gptoss_export.validators.report import ParityReport, read_report
 from gptoss_export.validators.report.again import judged_again
 from gptoss_export.validators.report.schema import Binding
 
-FAILED = "ort-cpu is not the model: gate max_logit_diff in decode: measured 5, limit "
+FAILED = "ort-cpu is not the model: gate max_logit_diff in settled positions of decode: measured 5, limit "
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ def test_an_export_that_fails_is_one_document_with_its_failures(
     assert (bad["verdict"], bad["bisection"]["findings"][0]["layer"]) == ("fail", 1)
     assert bad["failures"] == [vars(failure) for failure in samples.failing.verdict.failures]
     first = bad["failures"][0]
-    assert (first["where"], first["gate"], first["measured"]) == ("decode", "max_logit_diff", 5.0)
+    assert (first["where"], first["gate"], first["measured"]) == ("settled positions of decode", "max_logit_diff", 5.0)
     assert (bad["seconds"], found["run_seconds"]) == (1.25, vars(RUN))
     assert found["error"]["kind"] == "parity-failed"
-    assert "max_logit_diff in decode: measured 5" in found["error"]["what"]
+    assert "max_logit_diff in settled positions of decode: measured 5" in found["error"]["what"]
     monkeypatch.setattr(pipeline, "validate_artifact", lambda *_, **__: result(delivered, samples.not_executed))
     assert cli.main(["validate", "out", "--json"]) == 52
     assert read_document("validate", capsys.readouterr().out)["error"]["kind"] == "not-executed"

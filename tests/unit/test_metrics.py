@@ -272,10 +272,10 @@ def test_nothing_finite_or_nothing_at_all_gives_no_figures() -> None:
     assert (m.positions, m.disagreements, m.non_finite) == (3, 3, 12)
     assert m.text_positions == sum(m.kl_histogram) == 0
     floats = [f.name for f in fields(Metrics) if f.type == "float | None"]
-    assert len(floats) == 21
-    assert [getattr(m, name) for name in floats] == [None] * 21
+    assert len(floats) == 22
+    assert [getattr(m, name) for name in floats] == [None] * 22
     empty = Accumulator().metrics()
-    assert [getattr(empty, name) for name in floats] == [None] * 21
+    assert [getattr(empty, name) for name in floats] == [None] * 22
     assert (empty.positions, empty.top1_agreement) == (0, None)
 
 

@@ -123,7 +123,7 @@ KEY_CHANGES: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
     "a probe less": lambda _: cache_key(FILES, PROBES[:1], "float32"),
     "the dtype": lambda _: cache_key(FILES, PROBES, "float16"),
     "a version": lambda patch: _with(patch, "version", lambda name: f"{name}-next"),
-    "the processor": lambda patch: _with(patch, "describe_machine", lambda: SimpleNamespace(cpu="another")),
+    "the processor": lambda patch: _with(patch, "floating_point", lambda: "another"),
     "the architecture": lambda patch: _with(patch, "platform", SimpleNamespace(machine=lambda: "another")),
     "the schema": lambda patch: _with(patch, "SCHEMA", reference_cache.SCHEMA + 1),
 }

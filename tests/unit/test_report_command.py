@@ -75,7 +75,7 @@ def test_as_json(stored: Any, capsys: pytest.CaptureFixture[str], read_document:
     found = read_document("report", capsys.readouterr().out)
     assert (found["verdict"], found["error"]["kind"]) == ("fail", "parity-failed")
     assert [failure["where"] for failure in found["failures"]] == [
-        "decode",
+        "settled positions of decode",
         "layer 1 attention",
         "layer 1 attention with cache",
     ]
@@ -110,7 +110,7 @@ def test_an_artifact_is_never_written_into(stored: Any, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--gate", "max-kl=1"], "names no gate; there are max-kl-mean, max-logit-diff, min-top1-agreement"),
+        (["--gate", "max-kl=1"], "names no gate; there are max-kl-mean, max-logit-diff, max-kl-median"),
         (["--gate", "max-kl-mean"], "is no limit: it takes a number of at least 0"),
         (["--gate", "max-kl-mean="], "is no limit"),
         (["--gate", "max-kl-mean=x"], "is no limit"),
@@ -143,10 +143,10 @@ def test_diff_of_the_same_is_two_lines(stored: Any, capsys: pytest.CaptureFixtur
     assert cli.main(["diff", folder, f"{folder}/parity.json"]) == 0
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("THE SAME: pass -> pass; nearest gate ")
-    assert last == "184 figures compared: 184 same within noise (--all shows them)"
+    assert last == "205 figures compared: 205 same within noise (--all shows them)"
     assert cli.main(["diff", folder, folder, "--all"]) == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == 184 + 4
+    assert len(out.splitlines()) == 205 + 4
     assert any(line.split()[:5] == ["same", "kl_mean", "decode", "1.3e-13", "1.3e-13"] for line in out.splitlines())
 
 
@@ -154,19 +154,19 @@ def test_diff_fails_on_a_regression_and_says_which(stored: Any, capsys: pytest.C
     old, new = str(stored("passing")), str(stored("failing"))
     assert cli.main(["diff", old, new]) == 53
     captured = capsys.readouterr()
-    verdict = "pass -> fail; max_layer_error is 0.21, limit 1e-05 (2 more), layer 1 attention"
+    verdict = "pass -> fail; max_logit_diff is 5, limit 0.0001 (2 more), settled positions of decode"
     told = captured.out.splitlines()
     assert told[0] == f"WORSE: {verdict}"
-    assert "not kept any more: max_logit_diff in decode (5, limit 4)" in told
+    assert "not kept any more: max_logit_diff in settled positions of decode (5, limit 0.0001)" in told
     assert told[told.index("worse:") + 2].split()[:4] == ["layer_error", "layer", "1", "attention"]
-    assert told[-1].startswith("184 figures compared: 3 worse, 181 same within noise")
+    assert told[-1].startswith("205 figures compared: 4 worse, 201 same within noise")
     assert max(map(len, told)) <= 100
     assert len(told) < 15
     assert captured.err.splitlines()[0] == f"error: {new} is worse than {old}: {verdict}"
     assert cli.main(["diff", new, old]) == 0
     out = capsys.readouterr().out
     assert out.startswith("BETTER: fail -> pass; ")
-    assert "kept now, not before: max_logit_diff in decode (5, limit 4)" in out
+    assert "kept now, not before: max_logit_diff in settled positions of decode (5, limit 0.0001)" in out
     assert cli.main(["diff", old, new, "--tolerance", "1e6"]) == 53  # gates that are not kept are no matter of degree
 
 
@@ -176,17 +176,23 @@ def test_diff_as_json(stored: Any, capsys: pytest.CaptureFixture[str], read_docu
     assert found["error"]["kind"] == "regression"
     assert (found["verdict"], found["old_verdict"], found["new_verdict"]) == ("worse", "pass", "fail")
     assert (found["regressed"], found["level"], found["matters"], found["tolerance"]) == (True, 1e-3, 0.01, 1.5)
-    assert len(found["changes"]) == 184, "all of them, whatever is printed"
+    assert len(found["changes"]) == 205, "all of them, whatever is printed"
     worse = {(c["where"], c["name"]): c for c in found["changes"] if c["kind"] == "regression"}
     assert set(worse) == {
         ("decode", "logit_diff_max"),
+        ("settled positions of decode", "logit_diff_max"),
         ("layer 1 attention", "layer_error"),
         ("layer 1 attention with cache", "layer_error"),
     }
     change = worse["layer 1 attention", "layer_error"]
     assert (change["gate"], change["rule"], change["p"], change["times"]) == ("max_layer_error", "size", None, None)
     assert (change["new"], change["new_share"]) == (0.21, pytest.approx(21000))
-    assert found["not_kept"][0] == {"where": "decode", "gate": "max_logit_diff", "measured": 5.0, "limit": 4.0}
+    assert found["not_kept"][0] == {
+        "where": "settled positions of decode",
+        "gate": "max_logit_diff",
+        "measured": 5.0,
+        "limit": 1e-4,
+    }
 
 
 def test_diff_of_what_cannot_be_compared(stored: Any, samples: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from gptoss_export.validators.report import content_sha256, to_junit
+from gptoss_export.validators.report.again import judged_again
 from gptoss_export.validators.report.schema import Binding, ParityReport
 from gptoss_export.validators.verdict import cases
 
@@ -35,13 +36,17 @@ def test_a_case_for_every_gate_at_every_place(samples: Any) -> None:
 def test_failures_have_what_was_measured_and_the_limit(samples: Any) -> None:
     assert suite(samples.failing).get("failures") == "3"
     found = failures(samples.failing)
-    assert found["decode: max_logit_diff"].get("message") == "measured 5, limit at most 4"
+    assert found["settled positions of decode: max_logit_diff"].get("message") == "measured 5, limit at most 0.0001"
     assert found["layer 1 attention: max_layer_error"].text == (
         "layer 1 attention: max_layer_error: measured 0.21, limit 1e-05"
     )
     assert failures(samples.not_measured)["routing: measured"].get("message") == "nothing was measured"
-    assert failures(samples.not_finite)["prefill: min_top1_agreement"].get("message") == (
-        "measured 0, limit at least 0.95"
+    assert failures(samples.not_finite)["prefill: max_kl_median"].get("message") == (
+        "measured none, limit at most 1e-09"
+    )
+    worse = judged_again(samples.passing, {"min_headroom_bits": 999.0})
+    assert failures(worse)["range of layer 0 in float16: min_headroom_bits"].get("message") == (
+        "measured 9.36, limit at least 999"
     )
 
 

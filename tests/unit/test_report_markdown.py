@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from gptoss_export.validators.evidence import ScenarioResult
 from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.report import content_sha256, to_markdown
 from gptoss_export.validators.report.again import judged_again
 from gptoss_export.validators.report.schema import Binding, ParityReport, ProbeRecord
 from gptoss_export.validators.scenarios import SCENARIOS
+
+OVER = "over 69 distinct positions, 414 in 6 scenarios"
 
 
 def first_line(report: ParityReport) -> str:
@@ -21,11 +22,13 @@ def first_line(report: ParityReport) -> str:
 
 def test_the_verdict_comes_first(samples: Any) -> None:
     first = first_line(samples.passing)
-    assert first.startswith("**PASS**: ort-cpu is the model within its gates, over 414 positions in 6 scenarios")
+    assert first.startswith(
+        "**PASS**: ort-cpu is the model within its gates, over 69 distinct positions, 414 in 6 scenarios"
+    )
     assert "worst mean KL 1.3e-13" in first
     first = first_line(samples.failing)
-    assert first.startswith("**FAIL**: ort-cpu is not shown to be the model, over 414 positions: 3 gates not kept")
-    assert first.endswith("first max\\_logit\\_diff in decode (5, limit 4).")
+    assert first.startswith(f"**FAIL**: ort-cpu is not shown to be the model, {OVER}: 3 gates not kept")
+    assert first.endswith("first max\\_logit\\_diff in settled positions of decode (5, limit 0.0001).")
     assert "first prefill: nothing was measured." in first_line(samples.not_measured)
     assert "1 gate not kept in 1 place, " in first_line(judged_again(samples.failing, {"max_layer_error": 1.0}))
 
@@ -43,7 +46,7 @@ def test_an_engine_that_was_not_run_is_never_called_the_model(samples: Any) -> N
     assert first_line(samples.not_executed) == (
         "**NOT EXECUTED**: the graph passes (graph parity), the engine was not run: no NVIDIA driver on this host. "
         "Run gptoss-export validate \\<folder\\> on a host with an NVIDIA GPU. The graph of trt-fp16 keeps its gates, "
-        "over 414 positions in 6 scenarios (worst mean KL 1.3e-13, worst logit difference 7.6e-06)."
+        "over 69 distinct positions, 414 in 6 scenarios (worst mean KL 1.3e-13, worst logit difference 7.6e-06)."
     )
     assert "PASS" not in to_markdown(samples.not_executed)
     assert "is the model" not in to_markdown(samples.not_executed)
@@ -68,16 +71,22 @@ def test_a_reason_cannot_break_the_verdict_line(samples: Any) -> None:
 def test_every_limit_says_where_it_comes_from(samples: Any) -> None:
     text = to_markdown(samples.not_executed)
     gates = samples.not_executed.gates
+    floor, shown = "3 x the noise floor", text.replace("\\<", "<")
+    for row in (
+        f"| max\\_kl\\_mean | yes | 1.3e-13 | {gates.max_kl_mean:.3g} | < 0.1 % | routing replay | {floor} |",
+        f"| max\\_logit\\_diff | yes | 7.6e-06 | 0.15 | < 0.1 % | routing replay | {floor} |",
+        "| min\\_top1\\_agreement | yes | 1 | 0.826 | - | texts | by chance, or beside the noise floor |",
+        "| max\\_layer\\_error | yes |",
+    ):
+        assert row in shown
     assert (
-        f"| max\\_kl\\_mean | yes | 1.3e-13 | {gates.kl_limit(69):.3g} | < 0.1 % | prefill | 3 x the noise floor |"
-        in (text.replace("\\<", "<"))
+        "what is seen by chance once in 1,000 runs, or are no evidence of a higher rate than the noise floor's" in text
     )
-    assert "| max\\_logit\\_diff | yes | 7.6e-06 | 0.75 | < 0.1 % | prefill | 3 x the noise floor |" in (
-        text.replace("\\<", "<")
-    )
-    assert "1 of a scenario's positions may disagree whatever share that is, and add 0.03 nats" in text
+    assert "At 0 positions the best token is another; 0 of them are rounding" in text
+    assert "0 are not: at most 12 may be, at a level of 99.9 %." in text
+    assert "the probes, on A CPU, avx2." in text
     assert "## Noise floors\n\nWhat rounding costs: transformers itself in 16 bits against" in text
-    assert "| float16 | 138 | 1 | 0.7246 % |" in text
+    assert "| float16 | 138 | 1 | 0.7246 % | 1 | 0.0002 | 0.05 |" in text
     text = to_markdown(samples.passing)
     assert "| max\\_layer\\_error | yes | 7.53e-07 | 1e-05 | 7.5 % | layer 1 experts | absolute |" in text
     assert "oise floor" not in text
@@ -128,9 +137,7 @@ def test_the_largest_model_fits_a_ticket_uncut(samples: Any) -> None:
 def test_it_stays_a_ticket_however_much_there_is(count: int, samples: Any) -> None:
     many = {f"{i:05}-{'x' * 200}.safetensors": "e" * 64 for i in range(count)}
     probes = tuple(ProbeRecord("p" * 300, 1, "f" * 64) for _ in range(count))
-    scenarios = tuple(
-        ScenarioResult(f"s{i}" * 40, 1, samples.passing.evidence.scenarios[0].metrics) for i in range(count)
-    )
+    scenarios = tuple(replace(samples.passing.evidence.scenarios[0], name=f"s{i}" * 40) for i in range(count))
     evidence = replace(samples.failing.evidence, scenarios=scenarios)
     report = judged_again(replace(samples.failing, evidence=evidence, probes=probes, binding=Binding(many, many)), {})
     text = to_markdown(report)
