@@ -158,7 +158,7 @@ def test_diff_fails_on_a_regression_and_says_which(stored: Any, capsys: pytest.C
     told = captured.out.splitlines()
     assert told[0] == f"WORSE: {verdict}"
     assert "not kept any more: max_logit_diff in settled positions of decode (5, limit 0.0001)" in told
-    assert told[told.index("worse:") + 2].split()[:4] == ["layer_error", "layer", "1", "attention"]
+    assert told[told.index("worse:") + 2].split()[:4] == ["logit_diff_max", "settled", "positions", "of"]
     assert told[-1].startswith("205 figures compared: 4 worse, 201 same within noise")
     assert max(map(len, told)) <= 100
     assert len(told) < 15
