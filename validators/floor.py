@@ -21,7 +21,7 @@ from gptoss_export.exporter.checkpoint.tensors import Checkpoint
 from gptoss_export.exporter.progress import Progress
 from gptoss_export.validators.compare import compare_rows
 from gptoss_export.validators.metrics import Accumulator, Metrics
-from gptoss_export.validators.positions import Texts, TextsRecord
+from gptoss_export.validators.positions import Texts, TextsRecord, lookup
 from gptoss_export.validators.reference import BLOCK_POSITIONS, Reference, run_reference
 from gptoss_export.validators.reference_cache import reference_for
 from gptoss_export.validators.routing import choose, compare_layers, same_experts
@@ -109,7 +109,7 @@ def _record(reference: Reference, rounded: Reference, dtype: FloorDtype, accumul
         np.logical_and.reduce([same_experts(logits[n][probe], taken[n][probe]) for n in layers]) for probe in probes
     ]
     texts, rows = Texts(reference, nothing), accumulator.placed()
-    bulk = rows[Texts.lookup(rows, kept)]
+    bulk = rows[lookup(rows, kept)]
     bulk = bulk if len(bulk) else rows
     return FloorRecord(
         dtype=dtype,

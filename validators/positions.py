@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from gptoss_export.validators.probes import Probe
 from gptoss_export.validators.reference import Reference
 from gptoss_export.validators.routing import NOISE_FACTOR
 from gptoss_export.validators.streaming import Rows
+
+T = TypeVar("T", np.bool_, np.int64)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Texts:
 
     def settled_figures(self, rows: Rows) -> SettledFigures:
         """rows: of one scenario, as `Accumulator.placed` gives them."""
-        mine = rows[self.lookup(rows, self._settled)]
+        mine = rows[lookup(rows, self._settled)]
         if not len(mine):
             return SettledFigures(0, None, None)
         return SettledFigures(len(mine), float(mine["kl"].max()), float(mine["diff_max"].max()))
@@ -71,15 +74,15 @@ class Texts:
     def pool(self, scenarios: Sequence[Rows]) -> TextsRecord:
         """rows of every scenario."""
         rows = np.concatenate(scenarios)
-        numbers = self.lookup(rows, self._numbers)
+        numbers = lookup(rows, self._numbers)
         count = 1 + max((int(row.max()) for row in self._numbers), default=-1)
         kl, margin, seen = np.zeros(count), np.zeros(count), np.zeros(count, np.bool_)
         np.maximum.at(kl, numbers, rows["kl"])
         np.maximum.at(margin, numbers, rows["margin"].astype(np.float64))
         seen[numbers] = True
-        calm = np.zeros(count, np.bool_)
+        calm = np.ones(count, np.bool_)
         for places, flags in zip(self._numbers, self._settled, strict=True):
-            calm[places] = flags
+            calm[places] &= flags
         found = int(seen.sum())
         return TextsRecord(
             positions=found,
@@ -89,12 +92,12 @@ class Texts:
             margins=tuple(np.sort(margin[margin > 0])[::-1].tolist()),
         )
 
-    @staticmethod
-    def lookup(rows: Rows, of_probes: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-        """For each row what is noted at its probe and position."""
-        starts = np.cumsum([0, *map(len, of_probes)])[:-1]
-        together: NDArray[np.generic] = np.concatenate(of_probes)[starts[rows["probe"]] + rows["position"]]
-        return together
+
+def lookup(rows: Rows, of_probes: Sequence[NDArray[T]]) -> NDArray[T]:
+    """For each row, as of `Accumulator.placed`, what is noted at its probe and position: [n] a probe, [rows]."""
+    starts = np.cumsum([0, *map(len, of_probes)])[:-1]
+    together: NDArray[T] = np.concatenate(of_probes)[starts[rows["probe"]] + rows["position"]]
+    return together
 
 
 def distinct(probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
