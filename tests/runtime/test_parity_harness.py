@@ -269,7 +269,7 @@ def test_without_a_noise_floor_of_these_probes_nothing_is_run(
         judge("trt-fp16", {"bfloat16": floor})
     one_less = replace(floor.metrics, positions=68, agreements=floor.metrics.agreements - 1)
     with pytest.raises(NotValidatedError, match="over 68 positions, the probes are 69 tokens"):
-        judge("trt-bf16", {"bfloat16": replace(floor, metrics=one_less)})
+        judge("trt-bf16", {"bfloat16": replace(floor, metrics=one_less, texts=replace(floor.texts, positions=68))})
 
 
 class StalePosition(TransformersRunner):
