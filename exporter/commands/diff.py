@@ -57,7 +57,10 @@ def diff(
         for line in lines(found, everything=everything):
             click.echo(line)
     if found.regressed:
+        # Gates, verdicts and what is missing are no matter of degree.
+        only_figures = not (found.regressions or found.not_kept or found.of_kind("lost"))
+        noise = ", or raise --tolerance if this is noise" if only_figures else ""
         raise RegressionError(
             f"{new} is worse than {old}: {verdict_line(found).partition(': ')[2]}",
-            f"do not ship it; read {new} beside {old}, or raise --tolerance if this is noise",
+            f"do not ship it; read {new} beside {old}{noise}",
         )

@@ -59,13 +59,15 @@ def report(
 def open_report(place: Path) -> ParityReport:
     """The report at `place`, an artifact's folder, any folder with a parity.json, or that file.
 
-    Raises NotValidatedError when there is none that can be vouched for, IntegrityError for one that is not the
-    artifact's.
+    Raises ArtifactNotFoundError where nothing is, NotValidatedError when there is none that can be vouched for,
+    IntegrityError for one that is not the artifact's.
     """
     from gptoss_export.exporter.artifact import MANIFEST_NAME, read_manifest
-    from gptoss_export.exporter.errors import IntegrityError, NotValidatedError
+    from gptoss_export.exporter.errors import ArtifactNotFoundError, IntegrityError, NotValidatedError
     from gptoss_export.validators.report import content_sha256, read_report
 
+    if not place.exists():
+        raise ArtifactNotFoundError(f"{place} is not there", "give the folder of an artifact, or a parity.json")
     if not (place / MANIFEST_NAME).is_file():
         return read_report(place)
     recorded = read_manifest(place).parity.report_sha256

@@ -126,7 +126,9 @@ def made_evidence(layers: int = 2, experts: int = 4, tokens: int = 69, seed: int
             spans.append(RangeRecord(layer, kind, largest, "q_proj", 2.5, "self_attn.q_proj.weight", bits, 0, 3))
     return Evidence(
         num_layers=layers,
-        scenarios=tuple(ScenarioResult(name, 3, metrics(kl), SettledFigures(9, max(kl), 7e-6)) for name in SCENARIOS),
+        scenarios=tuple(
+            ScenarioResult(name, 3, metrics(kl), SettledFigures(tokens - 2, max(kl), 7e-6)) for name in SCENARIOS
+        ),
         texts=TextsRecord(tokens, tokens - 2, float(np.mean(kl)), max(kl), ()),
         routing=RoutingRecord(tuple(routing), flips, metrics(kl)),
         layers=tuple(

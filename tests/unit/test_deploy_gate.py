@@ -30,6 +30,7 @@ from gptoss_export.exporter.output import report_place
 from gptoss_export.exporter.output.report_place import write_elsewhere
 from gptoss_export.exporter.output.staging import in_use
 from gptoss_export.exporter.trust.policy import DOUBTS, OPTIONS, doubts, in_words, require_pass
+from gptoss_export.validators.gates import GATES
 from gptoss_export.validators.report import ParityReport, read_report
 from gptoss_export.validators.report.again import judged_again
 from gptoss_export.validators.report.schema import Binding
@@ -72,13 +73,22 @@ KINDS = {
 OFFERED_BY_VERIFY = ("--allow-unexecuted", "--allow-loosened")
 
 
+def of_ort_cpu(report: ParityReport) -> ParityReport:
+    """The report as one of an ort-cpu artifact, whose gates follow from no noise floor."""
+    if report.policy.floor_dtype is None:
+        return replace(report, target="ort-cpu")
+    policy = GATES["ort-cpu"]
+    plain = replace(report, target="ort-cpu", policy=policy, floors=(), table_gates=policy.absolute)
+    return judged_again(plain, {})
+
+
 @pytest.fixture
 def artifact(samples: Any, delivered_with: Any) -> Callable[[str], Path]:
     """A finished artifact of that kind. Without an engine, whatever its report says of one."""
 
     def make(name: str) -> Path:
         sample = KINDS[name].sample
-        report = None if sample is None else replace(getattr(samples, sample), target="ort-cpu")
+        report = None if sample is None else of_ort_cpu(getattr(samples, sample))
         return Path(delivered_with(name, report).folder)
 
     return make

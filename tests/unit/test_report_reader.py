@@ -32,6 +32,9 @@ def edited(edit: Edit, report: ParityReport) -> bytes:
     return json.dumps(fields).encode()
 
 
+NONE_SETTLED = {"positions": 0, "kl_max": None, "logit_diff_max": None}
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -149,7 +152,13 @@ def layer(r: dict[str, Any], k: int = 1) -> dict[str, Any]:
         (lambda r: r.update(verdict="pass"), "verdict does not follow"),
         (lambda r: r.update(verdict="not executed"), "verdict does not follow"),
         (lambda r: r["policy"]["absolute"].update(max_kl_mean=1e-8), "gates do not follow"),
-        (lambda r: r["policy"].update(floor_dtype="float16"), "need one of float16, and none"),
+        (lambda r: r["policy"].update(floor_dtype="float16"), "another noise floor than that of ort-cpu"),
+        (lambda r: r["policy"]["absolute"].update(max_text_kl_mean=1e300), "looser than the gates of ort-cpu: max_t"),
+        (lambda r: r["policy"]["absolute"].update(min_top1_agreement=0.0), "looser than the gates of ort-cpu: min_t"),
+        (lambda r: r["policy"]["absolute"].update(by_hand=["max_kl_mean"]), "limits set by hand, among its absolute"),
+        (lambda r: r["probes"][0].update(tokens=2**62), "tokens has a value that cannot be"),
+        (lambda r: r["evidence"]["texts"].update(margins=[0.5] * 9), "9 other best tokens, and all scenarios"),
+        (lambda r: [s.update(settled=NONE_SETTLED) for s in r["evidence"]["scenarios"]], "67 settled positions, and"),
         (lambda r: r["evidence"]["scenarios"].pop(), "failures do not follow"),
         (lambda r: r["evidence"]["layers"].pop(), "failures do not follow"),
         (lambda r: r["evidence"]["consistency"].pop(), "failures do not follow"),
@@ -237,7 +246,7 @@ def with_no_floor_to_speak_of(r: dict[str, Any]) -> None:
         ("not_executed", lambda r: floor(r)["metrics"].update(agreements=42), "not all positions"),
         ("not_executed", lambda r: floor(r).update(token_layers=139), "tokens x layers"),
         ("not_executed", lambda r: floor(r).update(diverged=139), "tokens x layers"),
-        ("not_executed", lambda r: r["policy"].update(factor=4.0), "gates do not follow"),
+        ("not_executed", lambda r: r["policy"].update(factor=4.0), "or by more of it"),
         ("not_executed", lambda r: r.update(verdict="pass"), "verdict does not follow"),
         ("not_executed", claim_execution, "verdict does not follow"),
     ],

@@ -18,7 +18,7 @@ from gptoss_export.validators.layers import Bisection
 from gptoss_export.validators.metrics import BUCKETS, HISTOGRAM_EDGES, Metrics
 from gptoss_export.validators.positions import TextsRecord
 from gptoss_export.validators.ranges import RangeRecord
-from gptoss_export.validators.report.schema import KLByPosition, ParityReport
+from gptoss_export.validators.report.schema import KLByPosition, ParityReport, ProbeRecord
 from gptoss_export.validators.routing import WORST_FLIPS, Flip, RoutingLayer, RoutingRecord
 from gptoss_export.validators.verdict import Case, Failure, Verdict
 
@@ -50,6 +50,7 @@ NUMBERS: Mapping[type, Mapping[str, Bounds]] = {
     },
     Evidence: {"num_layers": (1, MOST_LAYERS)},
     Flip: {"mass": _SHARE},
+    ProbeRecord: {"tokens": (0, MOST_POSITIONS)},
     RoutingLayer: {"mass_mean": _SHARE},
     RangeRecord: {"headroom_bits": _ANY},
     Gates: {"min_top1_agreement": _SHARE},

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from datetime import datetime
 
 from gptoss_export.exporter.errors import NotValidatedError
 from gptoss_export.validators.evidence import Evidence, ScenarioResult
-from gptoss_export.validators.gates import override
+from gptoss_export.validators.gates import GATES, loosened, override
 from gptoss_export.validators.metrics import HISTOGRAM_EDGES, Metrics
 from gptoss_export.validators.positions import TextsRecord
 from gptoss_export.validators.ranges import LIMITS, RangeRecord
@@ -46,7 +46,21 @@ def check_report(report: ParityReport) -> None:
     _check_verdict(report)
 
 
+def _check_policy(report: ParityReport) -> None:
+    """A report is judged by the gates of its target as this version has them, or by narrower ones."""
+    policy, own = report.policy, GATES.get(report.target)
+    if policy.absolute.beside is not None or policy.absolute.by_hand:
+        raise InvalidReport("its policy has a noise floor, or limits set by hand, among its absolute gates")
+    if own is None:
+        return
+    if policy.floor_dtype != own.floor_dtype or policy.factor > own.factor:
+        raise InvalidReport(f"its policy goes by another noise floor than that of {report.target}, or by more of it")
+    if looser := loosened(own.absolute, policy.absolute):
+        raise InvalidReport(f"its policy is looser than the gates of {report.target}: {', '.join(looser)}")
+
+
 def _check_verdict(report: ParityReport) -> None:
+    _check_policy(report)
     try:
         table = report.policy.resolve(report.floor)
     except NotValidatedError as error:
@@ -67,6 +81,7 @@ def _check_evidence(report: ParityReport) -> None:
         _check_settled(scenario)
     if evidence.texts is not None:
         _check_texts("the texts", evidence.texts, tokens)
+        _check_pooled(evidence.texts, evidence.scenarios)
     if evidence.routing is not None:
         _check_routing(evidence.routing, report, tokens)
     _once("a layer", (record.layer for record in evidence.layers))
@@ -100,9 +115,23 @@ def _check_settled(scenario: ScenarioResult) -> None:
             _rising(where, (mine, math.nan if of_all is None else of_all))
 
 
+def _check_pooled(texts: TextsRecord, scenarios: Sequence[ScenarioResult]) -> None:
+    """Every position of the texts is one of a scenario, and so is every one that is settled or has another token."""
+    for what, counted, asked in (
+        ("positions", texts.positions, sum(s.metrics.positions for s in scenarios)),
+        ("settled positions", texts.settled, sum(s.settled.positions for s in scenarios)),
+        ("other best tokens", len(texts.margins), sum(s.metrics.disagreements for s in scenarios)),
+    ):
+        if counted > asked:
+            raise InvalidReport(f"the texts have {counted} {what}, and all scenarios together {asked}")
+
+
 def _check_texts(where: str, texts: TextsRecord, tokens: int) -> None:
-    if not max(texts.settled, len(texts.margins)) <= texts.positions <= tokens:
-        raise InvalidReport(f"{where}: more positions are settled or have another best token than there are")
+    for what, count in (("settled", texts.settled), ("of another best token", len(texts.margins))):
+        if count > texts.positions:
+            raise InvalidReport(f"{where}: {count} positions are {what}, of {texts.positions}")
+    if texts.positions > tokens:
+        raise InvalidReport(f"{where}: {texts.positions} positions of {tokens} tokens")
     if any((figure is None) != (texts.positions == 0) for figure in (texts.kl_mean, texts.kl_max)):
         raise InvalidReport(f"{where}: a figure is missing, or of no position")
     _rising(where, [figure for figure in (texts.kl_mean, texts.kl_max) if figure is not None])
