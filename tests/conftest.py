@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     from gptoss_export.exporter.planning.request import Effort
     from gptoss_export.validators.floor import FloorDtype, FloorRecord
-    from gptoss_export.validators.reference import Reference
 
 # How fast examples are drawn says something about the machine, nothing about the code.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
