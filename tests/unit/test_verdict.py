@@ -318,6 +318,13 @@ def test_what_was_measured_can_be_judged_by_other_limits(evidence: Evidence) -> 
     assert not judge(evidence, replace(EXACT, max_kl_mean=1e-14)).passed
 
 
+def test_a_median_set_by_hand_is_the_median_itself(evidence: Evidence) -> None:
+    off = with_metrics(evidence, kl_median=2e-9, kl_median_low=1e-10)
+    assert judge(off, EXACT).passed
+    (failure,) = judge(off, override(EXACT, {"max_kl_median": 1e-9})).failures
+    assert (failure.where, failure.gate, failure.measured) == ("decode", "max_kl_median", 2e-9)
+
+
 @pytest.mark.parametrize("gate", ["max_kl_mean", "max_logit_diff"])
 def test_a_gate_set_by_hand_is_of_whole_scenarios(gate: str, evidence: Evidence) -> None:
     gates = override(EXACT, {gate: getattr(EXACT, gate)})
