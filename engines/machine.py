@@ -124,11 +124,10 @@ class EnergyCounter:
 
 def describe_machine() -> Machine:
     """This machine."""
-    names = (line.split(":", 1)[1].strip() for line in _read(Path("/proc/cpuinfo")).splitlines() if _names_cpu(line))
     total = dict(_STATUS_LINE.findall(_read(Path("/proc/meminfo")))).get("MemTotal")
     return Machine(
         platform=platform.platform(),
-        cpu=next(names, platform.machine()),
+        cpu=_cpu_name(_read(Path("/proc/cpuinfo"))),
         cores=os.cpu_count() or 1,
         usable_cores=usable_cores(),
         memory_bytes=None if total is None else int(total) * 1024,
@@ -143,7 +142,12 @@ def floating_point(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     flags = set(next(lines, ()))
     found = [flag for flag in _ROUNDING_FLAGS if flag in flags]
     asked = [f"{name}={value}" for name in _ROUNDING_VARIABLES if (value := os.environ.get(name))]
-    return ", ".join([describe_machine().cpu, *found, *asked])
+    return ", ".join([_cpu_name(text), *found, *asked])
+
+
+def _cpu_name(cpuinfo: str) -> str:
+    names = (line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if _names_cpu(line))
+    return next(names, platform.machine())
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -14,7 +14,6 @@ import math
 LEVEL = 0.999
 """So surely a count above a bound is no chance: a correct artifact is above it once in a thousand runs at most."""
 
-
 MOST_EVENTS = 10**6
 """Beyond so many, Chernoff's bound takes the place of the sum, which it is never below."""
 

@@ -101,12 +101,12 @@ def scenario_cases(scenarios: Sequence[ScenarioResult], gates: Gates) -> Iterato
         yield _at_most(name, "max_kl_median", median, gates.max_kl_median)
         if "max_kl_mean" in gates.by_hand:
             yield _at_most(name, "max_kl_mean", m.kl_mean, gates.max_kl_mean)
+        where = f"settled positions of {name}"
         if settled.positions:
-            yield _at_most(f"settled positions of {name}", "max_kl_position", settled.kl_max, gates.max_kl_position)
+            yield _at_most(where, "max_kl_position", settled.kl_max, gates.max_kl_position)
         if "max_logit_diff" in gates.by_hand:
             yield _at_most(name, "max_logit_diff", m.logit_diff_max, gates.max_logit_diff)
         elif settled.positions:
-            where = f"settled positions of {name}"
             yield _at_most(where, "max_logit_diff", settled.logit_diff_max, gates.max_logit_diff)
 
 
